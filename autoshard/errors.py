@@ -1,0 +1,60 @@
+"""One class per user mistake. Each message says what was found, what was expected, and what to do."""
+
+from __future__ import annotations
+
+
+class AutoshardError(Exception):
+    """Base of every error that autoshard raises on purpose. `where` is the user's own source line or file, if known."""
+
+    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        self.where, self.hint = where, hint
+        parts = [message]
+        if where:
+            parts.append(f"  at {where}")
+        if hint:
+            parts.append(f"  hint: {hint}")
+        super().__init__("\n".join(parts))
+
+
+class CaptureError(AutoshardError, ValueError):
+    """The model can't be captured as one graph."""
+
+
+class GraphFileError(AutoshardError, ValueError):
+    """A file is not a saved graph."""
+
+
+class PlanFileError(AutoshardError, ValueError):
+    """A file or text is not a plan."""
+
+
+class ClusterFileError(AutoshardError, ValueError):
+    """A file is not a cluster description."""
+
+
+class MeshError(AutoshardError, ValueError):
+    """A mesh is malformed, or doesn't match the ranks that are there."""
+
+
+class NoPlanError(AutoshardError, ValueError):
+    """No legal plan exists under the constraints given."""
+
+
+class StalePlanError(AutoshardError, ValueError):
+    """A plan was made for another graph."""
+
+
+class BatchError(AutoshardError, ValueError):
+    """Inputs don't match what was captured, or the batch doesn't divide."""
+
+
+class StateError(AutoshardError, ValueError):
+    """Weights or a state dict don't match the model."""
+
+
+class OptimizerError(AutoshardError, ValueError):
+    """An optimizer can't work on shards."""
+
+
+class DeadlockError(AutoshardError, RuntimeError):
+    """An instruction list in which some rank would wait for ever."""

@@ -1,0 +1,55 @@
+"""Local bodies: ops whose work on a shard depends on where the shard lies in the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def embedding(table: torch.Tensor, ids: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Rows [offset, offset + n) of a table are here; other ids give zeros. Summed over the shards it is the whole lookup."""
+    at = ids - offset
+    here = (at >= 0) & (at < table.shape[0])
+    found = torch.ops.aten.embedding.default(table, torch.where(here, at, 0))
+    return torch.where(here.unsqueeze(-1), found, 0)
+
+
+def pick(x: torch.Tensor, labels: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """x[…, labels - offset] where the last dim holds that label, else 0."""
+    at = labels - offset
+    here = (at >= 0) & (at < x.shape[-1])
+    found = x.gather(-1, torch.where(here, at, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(here, found, 0)
+
+
+def mean(x: torch.Tensor, dims: Sequence[int], keep: bool, count: int) -> torch.Tensor:
+    """This shard's term of a mean over `count` elements."""
+    return x.sum(dims, keep) / count
+
+
+def dropout_mask(seed: torch.Tensor, at: Sequence[torch.Tensor], full: tuple[int, ...], p: float, dtype: torch.dtype) -> torch.Tensor:
+    """0 with probability p, else 1/(1-p), drawn for each element from the seed and its global index alone (`at`: global positions
+    per dim), so that every plan draws the same. Philox-2x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+    SC11) with the element's index as counter and the seed as key."""
+    index = torch.zeros((1,) * len(full), dtype=torch.int64, device=seed.device)
+    stride = 1
+    for d in reversed(range(len(full))):
+        index = index + (at[d] * stride).reshape((-1,) + (1,) * (len(full) - 1 - d))
+        stride *= full[d]
+    drawn = philox(index & 0xFFFFFFFF, index >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF)
+    return (drawn >= int(p * 2**32)).to(dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0)
+
+
+def philox(low: torch.Tensor, high: torch.Tensor, key: torch.Tensor, rounds: int = 10) -> torch.Tensor:
+    """32 random bits per counter (low, high), as int64."""
+    for _ in range(rounds):
+        # 0xD256D193 × a 32-bit word overflows int64's sign, so the product is taken in two halves
+        a, b = low & 0xFFFF, low >> 16
+        pa, pb = a * 0xD256D193, b * 0xD256D193
+        middle = (pa >> 16) + (pb & 0xFFFFFFFFFFFF)
+        product_high = middle >> 16 & 0xFFFFFFFF
+        product_low = (pa & 0xFFFF) | ((middle & 0xFFFF) << 16)
+        low, high = product_high ^ key ^ high, product_low
+        key = (key + 0x9E3779B9) & 0xFFFFFFFF
+    return low

@@ -1,0 +1,324 @@
+"""Partition: a block's ops on one rank's shards, with explicit moves where placements differ.
+
+In: ops of the time-split graph, the strategies that the plan chose, a rank's coordinates. Out: a `Routine`, a straight list of
+steps over named local tensors, and the rank inputs it needs. A routine is plain Python that can be run on fakes, so
+`differentiate` traces it; its `text` says exactly what it does, names numbered, so that blocks and ranks that are alike are seen to be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..layout import I, Layout, P, R, Type, dim_positions, local_shape, segments
+from ..plan.placement import AXES, Pair, path
+from ..trace.graph import Graph, Op, Ref, Tensor, map_refs
+from ..trace.interpret import call
+from ..trace.ops.local import localize
+from . import bodies
+from .collectives import Local, Spot, local_cut, move
+from .program import RankInput
+
+Fn = Callable[..., Any]
+
+
+@dataclass
+class Step:
+    """`outs` = `fn`(`ins`), on local tensors. `text` says what fn does."""
+
+    fn: Fn
+    ins: tuple[str, ...]
+    outs: tuple[str, ...]
+    text: str
+
+
+@dataclass
+class Port:
+    """A routine's input or output: a value's local tensor in one layout."""
+
+    name: str
+    tensor: Tensor
+    grad: bool
+    param: bool = False
+
+
+@dataclass
+class Routine:
+    inputs: list[Port] = field(default_factory=list)
+    outputs: list[Port] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    rank_inputs: dict[str, RankInput] = field(default_factory=dict)
+    label: str = ""
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        env = dict(zip((p.name for p in self.inputs), tensors, strict=True))
+        for step in self.steps:
+            found = step.fn(*(env[n] for n in step.ins))
+            env |= zip(step.outs, found if isinstance(found, (tuple, list)) else (found,), strict=True)
+        return tuple(env[p.name] for p in self.outputs)
+
+    @property
+    def text(self) -> str:
+        """The routine with names numbered by first appearance: equal texts mean equal modules."""
+        number: dict[str, int] = {}
+
+        def n(name: str) -> str:
+            return f"%{number.setdefault(name, len(number))}"
+
+        lines = [f"{n(p.name)}: {p.tensor} {p.grad} {p.param}" for p in self.inputs]
+        lines += [f"{', '.join(map(n, s.outs))} = {s.text} {', '.join(map(n, s.ins))}" for s in self.steps]
+        return "\n".join([*lines, "return " + ", ".join(f"{n(p.name)}:{p.grad}" for p in self.outputs)])
+
+
+def value_name(name: str, layout: Layout) -> str:
+    return f"{name}|{','.join(map(str, layout))}"
+
+
+@dataclass
+class Partitioner:
+    """Builds routines for one rank's coordinates. `sizes`: of dp and tp; `dropout`: "philox" or "exact"."""
+
+    graph: Graph
+    placed: Mapping[str, Pair]
+    held: Mapping[str, Layout]
+    sizes: tuple[int, int]
+    coords: tuple[int, int]
+    microbatches: int
+    dropout: str = "philox"
+    opaque: Mapping[str, Fn] = field(default_factory=dict)
+
+    def local(self, name: str, layout: Layout) -> Tensor:
+        v = self.graph.values[name]
+        return Tensor(local_shape(v.tensor.shape, layout, self.sizes, self.coords), v.tensor.dtype)
+
+    def block(self, ops: Sequence[Op], params: Mapping[str, str], wanted: Sequence[tuple[str, Layout]], label: str) -> Routine:
+        """The routine of some ops. `params`: parameter value → "" (its uses come in as inputs named by use layout). `wanted`:
+        values that must come out, in these layouts."""
+        build = _Builder(self, Routine(label=label), params)
+        for op in ops:
+            build.op(op)
+        for name, layout in wanted:
+            build.output(name, layout)
+        return build.routine
+
+    def gather(self, uses: Sequence[tuple[str, Layout, Layout]]) -> Routine:
+        """Parameters as stored → as used: (value, storage, use) each."""
+        build = _Builder(self, Routine(label="parameters"), {})
+        for name, storage, use in uses:
+            stored = value_name(name, storage)
+            if stored not in build.known:
+                build.known.add(stored)
+                build.routine.inputs.append(Port(stored, self.local(name, storage), self.graph.values[name].grad, param=True))
+            build.moved(name, storage, use)
+            build.routine.outputs.append(Port(value_name(name, use), self.local(name, use), self.graph.values[name].grad))
+        return build.routine
+
+
+class _Builder:
+    def __init__(self, part: Partitioner, routine: Routine, params: Mapping[str, str]) -> None:
+        self.part, self.routine, self.params = part, routine, params
+        self.known: set[str] = set()  # env names that exist
+        self.layouts: dict[str, Layout] = {}  # value → layout in which it was made or came in
+
+    def op(self, op: Op) -> None:
+        part, graph = self.part, self.part.graph
+        pair = part.placed[op.name]
+        ins = [self.operand(name, tuple(s.ins[i] for s in pair)) for i, name in enumerate(op.inputs)]
+        layouts = {name: tuple(s.ins[i] for s in pair) for i, name in enumerate(op.inputs)}
+
+        def held(name: str, dim: int) -> np.ndarray:
+            return dim_positions(graph.values[name].tensor.shape[dim], dim, layouts[name], part.sizes, part.coords)
+
+        outs = []
+        for i, name in enumerate(op.outs):
+            layout = tuple(s.outs[i] for s in pair)
+            self.layouts[name] = layout
+            outs.append(value_name(name, layout))
+        out_layout = tuple(s.outs[0] for s in pair)
+        local = replace_args(op, localize(op, held, part.local(op.outs[0], out_layout).shape))
+        body_axes = [a for a, s in enumerate(pair) if s.body]
+        extra: list[str] = []
+        if body_axes or op.target.startswith("autoshard.dropout_mask") or op.target.startswith("autoshard.time_"):
+            fn, text, extra = self._body(local, op, out_layout, layouts)
+        else:
+            fn, text = _runner(local, part.opaque), f"{local.target}{_numbered(local)}"
+        self.known.update(outs)
+        self.routine.steps.append(Step(fn, (*ins, *extra), tuple(outs), text))
+
+    def operand(self, name: str, want: Layout) -> str:
+        """The value in the layout wanted, moved there if it isn't."""
+        v = self.part.graph.values[name]
+        if name in self.params:
+            env = value_name(name, want)
+            if env not in self.known:
+                self.known.add(env)
+                self.routine.inputs.append(Port(env, self.part.local(name, want), v.grad, param=True))
+            return env
+        if name not in self.layouts:
+            layout = self.part.held[name]
+            self.layouts[name] = layout
+            env = value_name(name, layout)
+            self.known.add(env)
+            self.routine.inputs.append(Port(env, self.part.local(name, layout), v.grad))
+        return self.moved(name, self.layouts[name], want)
+
+    def output(self, name: str, layout: Layout) -> None:
+        env = self.operand(name, layout)
+        self.routine.outputs.append(Port(env, self.part.local(name, layout), self.part.graph.values[name].grad))
+
+    def moved(self, name: str, have: Layout, want: Layout) -> str:
+        """Take a value from one layout to another, axis by axis; what was done once is reused."""
+        env = value_name(name, have)
+        if have == want:
+            return env
+        v = self.part.graph.values[name]
+        steps = path(v.tensor.shape, have, want, self.part.sizes)
+        assert steps is not None, f"no way for {name} from {have} to {want}"
+        layout = list(have)
+        for axis, a, b in steps:
+            layout[axis] = b
+            target = value_name(name, tuple(layout))
+            if target not in self.known:
+                self._move(env, target, v.tensor, tuple(layout), axis, a, b, v.grad)
+            env = target
+        final = value_name(name, want)
+        if env != final and final not in self.known:  # axes of size 1 change their type without a step
+            self.known.add(final)
+            self.routine.steps.append(Step(lambda x: x, (env,), (final,), "same"))
+        return final
+
+    def _move(self, source: str, target: str, tensor: Tensor, layout: Layout, axis: int, a: Type, b: Type, grad: bool) -> None:
+        part = self.part
+        sides = [self._local_cut(tensor, t, axis, layout) if t.kind == "S" else () for t in (a, b)]
+        spot = Spot(AXES[axis], part.sizes[axis], part.coords[axis], *sides)
+        ins = [source]
+        kinds = {(a.kind == "S"), (b.kind == "S")}
+        index = first = None
+        if kinds == {True, False} and self._needs_index(a, b, grad):
+            index = self.rank_input(RankInput("index", cuts=((AXES[axis], ()),), draw=sides[0] or sides[1]))
+        if "P" in (b.kind,) and a.kind in "IR" or (grad and a.kind in "RP" and b.kind == "I" and a.kind == "R") or (grad and (a.kind, b.kind) == ("R", "P")):
+            first = self.rank_input(RankInput("first", cuts=((AXES[axis], ()),)))
+        ins += [n for n in (index, first) if n]
+
+        def fn(x: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
+            given = list(extra)
+            i = given.pop(0) if index else None
+            f = given.pop(0) if first else None
+            return move(x, a, b, spot, grad and x.is_floating_point(), i, f)
+
+        uneven = any(len(set(sizes)) > 1 for side in sides for _, sizes, _ in side)
+        text = f"move {a}->{b} {spot.axis} {sides} {grad} {spot.coord if uneven else ''}"
+        self.known.add(target)
+        self.routine.steps.append(Step(fn, tuple(ins), (target,), text))
+
+    @staticmethod
+    def _needs_index(a: Type, b: Type, grad: bool) -> bool:
+        slices = b.kind == "S" and a.kind in "RI"
+        embeds = a.kind == "S" and b.kind == "P"
+        return slices or embeds or (grad and a.kind == "S" and b.kind == "I")
+
+    def _local_cut(self, tensor: Tensor, t: Type, axis: int, layout: Layout) -> Local:
+        n = tensor.shape[t.dim]
+        others = [
+            (segments(u.cut, n)[0], self.part.sizes[o], self.part.coords[o])
+            for o, u in enumerate(layout)
+            if o != axis and u.kind == "S" and u.dim == t.dim and self.part.sizes[o] > 1
+        ]
+        return local_cut(segments(t.cut, n), self.part.sizes[axis], others)
+
+    def rank_input(self, spec: RankInput) -> str:
+        name = f"@{spec.kind}:{hashlib.md5(repr(spec).encode()).hexdigest()[:10]}"
+        if name not in self.known:
+            self.known.add(name)
+            self.routine.rank_inputs[name] = spec
+            self.routine.inputs.append(Port(name, self._rank_tensor(spec), False))
+        return name
+
+    def _rank_tensor(self, spec: RankInput) -> Tensor:
+        if spec.kind == "first":
+            return Tensor((), "float32")
+        if spec.kind in ("offset", "seed"):
+            return Tensor((), "int64")
+        sizes = dict(zip(AXES, self.part.sizes, strict=True)) | {"mb": self.part.microbatches}
+        coords = dict(zip(AXES, self.part.coords, strict=True)) | {"mb": 0}
+        if spec.kind == "dropout":
+            from .program import chain_positions
+
+            shape = tuple(len(chain_positions(n, c, sizes, coords)) for n, c in zip(spec.draw[0], spec.draw[4], strict=True))
+            return Tensor(shape, spec.draw[3].removeprefix("torch."))
+        return Tensor((len(spec.tensor(sizes, coords)),), "int64")
+
+    def _body(self, local: Op, op: Op, out: Layout, ins: Mapping[str, Layout]) -> tuple[Fn, str, list[str]]:
+        """An op that takes its shard's place: the function, its text, its rank inputs."""
+        graph = self.part.graph
+        if op.target in ("aten.embedding.default", "autoshard.pick.default"):
+            table = op.inputs[0]
+            shape = graph.values[table].tensor.shape
+            dim = 0 if op.target.startswith("aten") else len(shape) - 1
+            chain = self._chain(shape[dim], dim, ins[table])
+            offset = self.rank_input(RankInput("offset", shape[dim], chain))
+            return (bodies.embedding if dim == 0 else bodies.pick), f"{op.target} shard", [offset]
+        if op.target == "aten.mean.dim":
+            shape = graph.values[op.inputs[0]].tensor.shape
+            dims = tuple(d % len(shape) for d in op.args[1]) or tuple(range(len(shape)))
+            count = int(np.prod([shape[d] for d in dims]))
+            keep = bool(op.args[2]) if len(op.args) > 2 else False
+            return (lambda x: bodies.mean(x, dims, keep, count)), f"mean {dims} {keep} {count}", []
+        if op.target == "autoshard.time_slice.default":
+            _, dim, time, n = op.args
+            chain = (("mb", Type.parse(time).cut),)
+            index = self.rank_input(RankInput("positions", n, chain))
+            return (lambda x, i: x.index_select(dim, i)), f"time_slice {dim}", [index]
+        if op.target == "autoshard.time_mask.default":
+            first = self.rank_input(RankInput("first", cuts=(("mb", ()),)))
+            return (lambda x, f: x * f.to(x.dtype)), "time_mask", [first]
+        assert op.target == "autoshard.dropout_mask.default", op.target
+        return self._dropout(local, op, out)
+
+    def _dropout(self, local: Op, op: Op, out: Layout) -> tuple[Fn, str, list[str]]:
+        _, p, dtype, order, strides = op.args
+        full = op.kwargs.get("full", op.args[0])
+        time = Type.parse(op.kwargs["time"]) if op.kwargs.get("time") not in (None, "R") else None
+        chains = []
+        for d, n in enumerate(op.args[0]):
+            start = (("mb", time.cut),) if time and time.dim == d else ()
+            chains.append((*start, *self._chain(n, d, out)))
+        if self.part.dropout == "exact":
+            mask = self.rank_input(RankInput("dropout", order=order, draw=(tuple(full), tuple(strides), p, dtype, tuple(chains))))
+            return (lambda m: m.view_as(m)), "dropout mask", [mask]
+        seed = self.rank_input(RankInput("seed", order=order))
+        where = [self.rank_input(RankInput("positions", n, chain)) for n, chain in zip(full, chains, strict=True)]
+        kind = getattr(torch, dtype.removeprefix("torch."))
+        return (lambda s, *at: bodies.dropout_mask(s, at, tuple(full), p, kind)), f"dropout {full} {p} {dtype}", [seed, *where]
+
+    def _chain(self, n: int, dim: int, layout: Layout) -> tuple[tuple[str, Any], ...]:
+        return tuple(
+            (AXES[a], t.cut) for a, t in enumerate(layout) if t.kind == "S" and t.dim == dim and self.part.sizes[a] > 1
+        )
+
+
+def replace_args(op: Op, args: tuple[Any, ...]) -> Op:
+    return Op(op.name, op.target, args, op.kwargs, op.outs, op.source, op.module)
+
+
+def _numbered(op: Op) -> str:
+    return repr(map_refs((op.args, op.kwargs), lambda r: Ref("_")))
+
+
+def _runner(op: Op, opaque: Mapping[str, Fn]) -> Fn:
+    """A function of the op's operands, in the order of op.inputs (repeats kept)."""
+
+    def fn(*tensors: torch.Tensor) -> Any:
+        feed = iter(tensors)
+        args, kwargs = map_refs((op.args, op.kwargs), lambda _: next(feed))
+        return call(op.target, args, kwargs, device="cpu")
+
+    return fn
+
+
+__all__ = ["I", "P", "Partitioner", "Port", "R", "Routine", "Step", "value_name"]

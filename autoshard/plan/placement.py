@@ -1,0 +1,360 @@
+"""Placements within a stage: the domains, the cost tables, and the exact choice.
+
+In: the graph of one microbatch, a mesh's inner axes (dp, tp) and prices. Out: for every op one `Strategy` per axis, for every
+parameter where it is stored. A variable is an op (or a parameter); its domain is the product over the axes of the op's
+strategies; a table between two ops prices the transitions from what one produces to what the other takes, there and back;
+`solve.Problem` finds the minimum. Axes are chosen together: one at a time, data parallelism would always win.
+
+dp cuts what descends from the inputs' batch dims, tp everything else. What depends on data alone (masks, position tables) is
+cheap and used everywhere, so it isn't part of the problem: it lies cut along the batch on dp and whole on tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from ..layout import I, Layout, P, R, S, Type, divisible, legal, transition
+from ..trace.blocks import Block, kind_of
+from ..trace.graph import Graph, Op, Tensor, Value
+from ..trace.ops.rule import Factor, Place, Rule, Strategy, factor_cuts, strategies
+from ..trace.ops.table import rule_of
+from .microbatch import TimeSplit
+from .solve import Problem
+
+AXES = ("dp", "tp")
+Pair = tuple[Strategy, ...]
+"""One strategy per inner axis."""
+
+
+class Prices(Protocol):
+    """What the planner pays, in seconds; see `plan.prices`."""
+
+    def op(self, op: Op, rule: Rule, graph: Graph, choices: Sequence[Pair], sizes: tuple[int, ...]) -> np.ndarray: ...
+    def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float: ...
+    def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray: ...
+
+    per_step: float
+    """What a transition outside the microbatch loop weighs, against one inside."""
+
+
+@dataclass
+class Placements:
+    """The choice: op → strategies, parameter value → storage, input value → layout; and its cost in seconds a microbatch."""
+
+    ops: dict[str, Pair]
+    storage: dict[str, Layout]
+    inputs: dict[str, Layout]
+    seconds: float = 0.0
+
+
+@dataclass
+class Space:
+    """All that may be chosen for one time-split graph on one mesh, before prices."""
+
+    split: TimeSplit
+    sizes: tuple[int, int]
+    rules: dict[str, Rule] = field(default_factory=dict)
+    domains: dict[str, list[Pair]] = field(default_factory=dict)
+    storage: dict[str, list[Layout]] = field(default_factory=dict)
+    fixed: dict[str, Pair] = field(default_factory=dict)
+    inputs: dict[str, Layout] = field(default_factory=dict)
+    seeds: tuple[dict[str, set[Type]], dict[str, set[Type]]] = field(default_factory=lambda: ({}, {}))
+
+    def __post_init__(self) -> None:
+        graph = self.split.graph
+        self.rules = {op.name: rule_of(op, graph.values) for op in graph.ops}
+        self._input_layouts()
+        self.seeds = self._spread_seeds()
+        self._fix_data()
+        memo: dict[object, list[Pair]] = {}
+        for op in graph.ops:
+            if op.name not in self.fixed:
+                self.domains[op.name] = self._domain(op, memo)
+        for v in graph.sources("param"):
+            self.storage[v.name] = self._storage(v)
+
+    def _input_layouts(self) -> None:
+        for v in self.split.graph.sources("input", "constant", "buffer"):
+            cut = v.role == "input" and v.batch_dim is not None and v.tensor.shape[v.batch_dim] >= self.sizes[0] > 1
+            self.inputs[v.name] = (S(v.batch_dim) if cut else R, R)  # type: ignore[arg-type]
+
+    def _spread_seeds(self) -> tuple[dict[str, set[Type]], dict[str, set[Type]]]:
+        """Which shards are in use where, to a fixed point: dp's start at the batch, tp's at every factor of every op."""
+        batch: dict[str, set[Type]] = {n: {l[0]} for n, l in self.inputs.items() if l[0].kind == "S"}
+        self._fixpoint(batch, self.sizes[0], natural=False)
+        inner: dict[str, set[Type]] = {}
+        if self.sizes[1] > 1:
+            self._fixpoint(inner, self.sizes[1], natural=True)
+            along_batch: dict[str, set[Type]] = {
+                v.name: {S(v.batch_dim)} for v in self.split.graph.sources("input") if v.batch_dim is not None
+            }  # type: ignore[arg-type]
+            self._fixpoint(along_batch, self.sizes[1], natural=False)
+            for name, shards in along_batch.items():
+                inner[name] = inner.get(name, set()) - shards
+        return batch, inner
+
+    def _fixpoint(self, seeds: dict[str, set[Type]], parts: int, natural: bool) -> None:
+        if parts == 1:
+            return
+        graph = self.split.graph
+        values, consumers, producer = graph.values, graph.consumers(), graph.producer()
+        queue = dict.fromkeys(op.name for op in graph.ops)
+        by_name = {op.name: op for op in graph.ops}
+        while queue:
+            name = next(iter(queue))
+            del queue[name]
+            op = by_name[name]
+            operands, outs = [values[n] for n in op.inputs], [values[n] for n in op.outs]
+            if not natural and not any(n in seeds for n in (*op.inputs, *op.outs)):
+                continue
+            for factor in self.rules[name].factors:
+                for value, t in _shards(factor, operands, outs, parts, seeds, natural):
+                    known = seeds.setdefault(value, set())
+                    if t in known or len(known) >= 8:
+                        continue
+                    known.add(t)
+                    for other in consumers[value]:
+                        queue[other.name] = None
+                    if value in producer:
+                        queue[producer[value].name] = None
+
+    def _fix_data(self) -> None:
+        """Data-only ops: cut along the batch on dp where that needs no communication, else whole."""
+        graph, held = self.split.graph, dict(self.inputs)
+        for op in graph.ops:
+            if op.name not in self.split.data and op.name not in self.split.once:
+                continue
+            operands, outs = [graph.values[n] for n in op.inputs], [graph.values[n] for n in op.outs]
+            best = Strategy((R,) * len(operands), (R,) * len(outs))
+            if any(held[n][0].kind == "S" for n in op.inputs):
+                for s in strategies(self.rules[op.name], operands, outs, self.sizes[0], self.seeds[0]):
+                    if any(t.kind == "S" for t in s.ins) and all(
+                        a == b or (a == R and b.kind == "S") for a, b in zip((held[n][0] for n in op.inputs), s.ins, strict=True)
+                    ):
+                        best = s
+                        break
+            whole = Strategy((R,) * len(operands), (R,) * len(outs))
+            self.fixed[op.name] = (best, whole)
+            held |= {n: (t, R) for n, t in zip(op.outs, best.outs, strict=True)}
+        self.held = held
+
+    def _domain(self, op: Op, memo: dict[object, list[Pair]]) -> list[Pair]:
+        values = self.split.graph.values
+        operands, outs = [values[n] for n in op.inputs], [values[n] for n in op.outs]
+        touched = [*op.inputs, *op.outs]
+        key = (kind_of([op], self.split.graph), *(tuple(sorted(map(str, seeds.get(n, ())))) for seeds in self.seeds for n in touched))
+        if key in memo:
+            return memo[key]
+        per_axis = []
+        for parts, seeds in zip(self.sizes, self.seeds, strict=True):
+            found = strategies(self.rules[op.name], operands, outs, parts, seeds) if parts > 1 else []
+            found = [
+                s
+                for s in found
+                if all(t.kind != "S" or t in seeds.get(v.name, ()) for v, t in zip([*operands, *outs], [*s.ins, *s.outs], strict=True))
+            ]
+            per_axis.append(found or [Strategy(tuple(I if v.grad else R for v in operands), tuple(I if v.grad else R for v in outs))])
+        pairs = [(a, b) for a in per_axis[0] for b in per_axis[1] if self._fits(operands, outs, (a, b))]
+        memo[key] = pairs
+        return pairs
+
+    def _fits(self, operands: list[Value], outs: list[Value], pair: Pair) -> bool:
+        for i, v in enumerate(operands):
+            if not legal(v.tensor.shape, tuple(s.ins[i] for s in pair), self.sizes):
+                return False
+        return all(legal(v.tensor.shape, tuple(s.outs[i] for s in pair), self.sizes) for i, v in enumerate(outs))
+
+    def _storage(self, v: Value) -> list[Layout]:
+        whole = I if v.grad else R
+        shards = sorted(self.seeds[1].get(v.name, ()), key=str)
+        return [(whole, t) for t in [whole, *(t for t in shards if divisible(t.cut, v.tensor.shape[t.dim], self.sizes[1]))]]
+
+
+def _shards(
+    factor: Factor, operands: list[Value], outs: list[Value], parts: int, seeds: Mapping[str, set[Type]], natural: bool
+) -> list[tuple[str, Type]]:
+    from ..layout import canonical
+
+    found = []
+    sides = [*zip(operands, factor.ins, strict=True), *zip(outs, factor.outs, strict=True)]
+    here = {v.name: seeds.get(v.name, set()) for v, _ in sides}
+    own = factor if natural else Factor(factor.name, factor.size, factor.ins, factor.outs, (), factor.body)
+    for cut in factor_cuts(own, operands, outs, parts, here):
+        if not divisible(cut, factor.size, parts):
+            continue
+        placed = []
+        for v, place in sides:
+            if isinstance(place, Place):
+                n = v.tensor.shape[place.dim]
+                of_dim = place.cut_of(cut, factor.size)
+                if of_dim is None or not divisible(of_dim, n, parts):
+                    placed = []
+                    break
+                placed.append((v.name, S(place.dim, canonical(of_dim, n, parts))))
+        found += placed
+    return found
+
+
+def choose(space: Space, prices: Prices, blocks: Sequence[Block], roots: Mapping[str, Layout], fold: bool = True) -> Placements:
+    """The cheapest placements. `roots`: layouts that some values must end in; `fold`: blocks of one kind cost the same.
+    Raises solve.TooWide."""
+    graph = space.split.graph
+    producer = graph.producer()
+    problem = Problem({n: len(d) for n, d in space.domains.items()} | {n: len(d) for n, d in space.storage.items()})
+    tables = _Tables(space, prices)
+    for v in graph.sources("param"):
+        problem.add((v.name,), tables.stored(v))
+    for op in graph.ops:
+        if op.name in space.fixed:
+            continue
+        problem.add((op.name,), tables.unary(op))
+        for name, positions in _operand_positions(op).items():
+            source = producer[name].name if name in producer else name
+            if source in space.fixed or graph.values[name].role in ("input", "constant", "buffer"):
+                problem.add((op.name,), tables.from_fixed(op, name, positions))
+            else:
+                problem.add((source, op.name), tables.edge(producer.get(name), op, name, positions))
+    for name, layout in roots.items():
+        if name in producer and producer[name].name in space.domains:
+            problem.add((producer[name].name,), tables.root(producer[name], name, layout))
+    if fold:
+        _fold(problem, space, blocks)
+    seconds, chosen = problem.minimum()
+    return Placements(
+        {**space.fixed, **{n: d[chosen[n]] for n, d in space.domains.items()}},
+        {n: d[chosen[n]] for n, d in space.storage.items()},
+        space.inputs,
+        seconds,
+    )
+
+
+def _operand_positions(op: Op) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(op.inputs):
+        found.setdefault(name, []).append(i)
+    return found
+
+
+def _fold(problem: Problem, space: Space, blocks: Sequence[Block]) -> None:
+    """Eliminate each block's inside; blocks that are alike, once."""
+    graph = space.split.graph
+    producer = graph.producer()
+    home = {op: i for i, b in enumerate(blocks) for op in b.ops}
+    consumers = graph.consumers()
+    by_name = {op.name: op for op in graph.ops}
+    for i, block in enumerate(blocks):
+        names: dict[str, None] = {}
+        for op_name in block.ops:
+            for n in by_name[op_name].inputs:
+                source = producer[n].name if n in producer else n
+                if source in problem.sizes:
+                    names[source] = None
+            names[op_name] = None
+        inner, outer = [], []
+        for n in names:
+            users = consumers[n] if n in space.storage else [c for out in by_name[n].outs for c in consumers[out]]
+            outside = any(home.get(u.name) != i for u in users) or (n in by_name and home[n] != i)
+            (outer if outside else inner).append(n)
+        key = (block.kind, tuple(_signature(space, n) for n in names), tuple(n in set(inner) for n in names),
+               tuple(str(space.held.get(n)) for op in block.ops for n in by_name[op].inputs))  # fmt: skip
+        problem.fold(inner, outer, key)
+
+
+def _signature(space: Space, name: str) -> object:
+    domain = space.domains.get(name) or space.storage.get(name) or ()
+    return hash(tuple(map(str, domain)))
+
+
+class _Tables:
+    """Cost arrays, each computed once for arguments that are alike."""
+
+    def __init__(self, space: Space, prices: Prices) -> None:
+        self.space, self.prices, self.graph = space, prices, space.split.graph
+        self.memo: dict[object, float] = {}
+
+    def unary(self, op: Op) -> np.ndarray:
+        return self.prices.op(op, self.space.rules[op.name], self.graph, self.space.domains[op.name], self.space.sizes)
+
+    def stored(self, v: Value) -> np.ndarray:
+        return self.prices.stored(v.tensor, self.space.storage[v.name], self.space.sizes, v.grad) * self.prices.per_step
+
+    def edge(self, source: Op | None, op: Op, name: str, positions: list[int]) -> np.ndarray:
+        """Rows: what the source produces (or stores); columns: what the op takes."""
+        if source is None:
+            have = list(self.space.storage[name])
+            weight = self.prices.per_step
+        else:
+            out = source.outs.index(name)
+            have = [tuple(s.outs[out] for s in pair) for pair in self.space.domains[source.name]]
+            weight = 1.0
+        return self._moves(have, self._wanted(op, positions), name) * weight
+
+    def from_fixed(self, op: Op, name: str, positions: list[int]) -> np.ndarray:
+        return self._moves([self.space.held[name]], self._wanted(op, positions), name)[0]
+
+    def root(self, op: Op, name: str, layout: Layout) -> np.ndarray:
+        out = op.outs.index(name)
+        return self._moves([tuple(s.outs[out] for s in pair) for pair in self.space.domains[op.name]], [[layout]], name)[:, 0]
+
+    def _wanted(self, op: Op, positions: list[int]) -> list[list[Layout]]:
+        return [list({tuple(s.ins[i] for s in pair): None for i in positions}) for pair in self.space.domains[op.name]]
+
+    def _moves(self, have: Sequence[Layout], want: Sequence[list[Layout]], name: str) -> np.ndarray:
+        v = self.graph.values[name]
+        rows: dict[Layout, int] = {}
+        columns: dict[Layout, int] = {}
+        for h in have:
+            rows.setdefault(h, len(rows))
+        for w in want:
+            for layout in w:
+                columns.setdefault(layout, len(columns))
+        small = np.array([[self._move(v, a, b) for b in columns] for a in rows])
+        full = small[[rows[h] for h in have]]
+        return np.stack([full[:, [columns[layout] for layout in w]].sum(axis=1) for w in want], axis=1)
+
+    def _move(self, v: Value, a: Layout, b: Layout) -> float:
+        if a == b:
+            return 0.0
+        key = (v.tensor, v.grad, a, b)
+        if key not in self.memo:
+            self.memo[key] = self._price(v, a, b)
+        return self.memo[key]
+
+    def _price(self, v: Value, a: Layout, b: Layout) -> float:
+        if not reachable(v, a, b, self.space.sizes):
+            return float("inf")
+        return self.prices.move(v.tensor, a, b, self.space.sizes, v.grad)
+
+
+def path(v_shape: tuple[int, ...], a: Layout, b: Layout, sizes: tuple[int, ...]) -> list[tuple[int, Type, Type]] | None:
+    """The order in which the axes go from a to b, so that every layout on the way is legal: (axis, from, to), those that
+    shrink the value first. None if there is no way."""
+    steps = [(i, s, t) for i, (s, t) in enumerate(zip(a, b, strict=True)) if s != t and sizes[i] > 1]
+    rank = {"slice": 0, "reduce_scatter": 1, "mask": 2, "nothing": 2, "all_to_all": 3, "all_reduce": 4, "embed": 5, "all_gather": 6}
+    try:
+        ordered = sorted(steps, key=lambda s: rank[transition(s[1], s[2])])
+    except KeyError:
+        return None
+    for order in (ordered, ordered[::-1]):
+        layout = list(a)
+        for axis, _, to in order:
+            layout[axis] = to
+            if not legal(v_shape, tuple(layout), sizes):
+                break
+        else:
+            return order
+    return None
+
+
+def reachable(v: Value, a: Layout, b: Layout, sizes: tuple[int, ...]) -> bool:
+    """Whether a value may go from a to b: every step exists, forward and for the gradient."""
+    if v.grad and any(t.kind == "P" and t.reduce == "max" for t in (*a, *b)):
+        return False
+    return path(v.tensor.shape, a, b, sizes) is not None
+
+
+__all__ = ["AXES", "Layout", "P", "Pair", "Placements", "Prices", "Space", "choose", "path", "reachable"]

@@ -1,0 +1,157 @@
+"""Prices: what an op under a strategy, a move between layouts and a stored parameter cost, in seconds, forward and backward.
+
+The planner's only way to the cost model (`costs/`); one instance serves one cluster, mesh and microbatch count, and remembers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..layout import Layout, Type, gradient, local_shape, transition
+from ..mesh import Mesh
+from ..trace.blocks import is_heavy
+from ..trace.graph import Graph, Op, Tensor, Value
+from ..trace.ops.rule import Rule, Strategy
+from .cluster import Cluster
+from .costs import collective
+from .costs.compute import memory_seconds, op_seconds
+from .placement import AXES, Pair
+
+OPTIMIZER_BYTES = 28
+"""Bytes moved per parameter element by an AdamW step (parameter, gradient and two moments, read and written, in float32)."""
+FUSED = 0.35
+"""The part of a pointwise op's bytes that reach memory once the compiler has fused its neighbours (2 of about 6 accesses)."""
+
+
+def flops(op: Op, values: Mapping[str, Value]) -> float:
+    """Floating-point operations of one op, whole. Zero for what only moves bytes."""
+    name = op.target.split(".")[1]
+    shapes = [values[n].tensor.shape for n in op.inputs]
+    out = values[op.outs[0]].tensor
+    if name in ("linear", "mm", "bmm", "matmul"):
+        return 2.0 * out.numel * (shapes[0][-1] if shapes[0] else 1)
+    if name == "einsum":
+        left, _, right = op.args[0].replace(" ", "").partition("->")
+        sizes = {letter: n for side, shape in zip(left.split(","), shapes, strict=False) for letter, n in zip(side, shape, strict=False)}
+        return 2.0 * math.prod(sizes.get(letter, 1) for letter in set(left.replace(",", "") + right))
+    if name == "attention":
+        b, h, s, e = shapes[0]
+        return 2.0 * b * h * s * shapes[1][2] * (e + shapes[2][3]) * (0.5 if op.args[4] else 1.0)
+    if name.startswith("conv"):
+        return 2.0 * out.numel * math.prod(shapes[1][1:])
+    return 0.0
+
+
+class Prices:
+    """Costs of one mesh of a cluster. `per_step`: the weight of what happens once a step, against once a microbatch."""
+
+    def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int) -> None:
+        self.cluster, self.mesh, self.per_step = cluster, mesh, 1.0 / microbatches
+        self.memo: dict[object, float] = {}
+        self.unary: dict[object, np.ndarray] = {}
+
+    def op(self, op: Op, rule: Rule, graph: Graph, choices: Sequence[Pair], sizes: tuple[int, ...]) -> np.ndarray:
+        values = graph.values
+        operands, outs = [values[n] for n in op.inputs], [values[n] for n in op.outs]
+        key = (op.target, repr(op.args)[:400], tuple((v.tensor, v.grad) for v in (*operands, *outs)), id(choices))
+        if key not in self.unary:
+            work, heavy = flops(op, values), is_heavy(op)
+            self.unary[key] = np.array([self._one(op, work, heavy, operands, outs, pair, sizes) for pair in choices])
+        return self.unary[key]
+
+    def _one(
+        self, op: Op, work: float, heavy: bool, operands: Sequence[Value], outs: Sequence[Value], pair: Pair, sizes: tuple[int, ...]
+    ) -> float:
+        share = 1.0
+        for strategy, k in zip(pair, sizes, strict=True):
+            if k > 1 and any(t.kind == "S" for t in (*strategy.ins, *strategy.outs)):
+                share *= _largest_share(strategy, operands, outs, k)
+        held = sum(_local_bytes(v.tensor, tuple(s.ins[i] for s in pair), sizes) for i, v in enumerate(operands))
+        held += sum(_local_bytes(v.tensor, tuple(s.outs[i] for s in pair), sizes) for i, v in enumerate(outs))
+        grad = any(v.grad for v in outs)
+        dtype = outs[0].tensor.dtype
+        device = self.cluster.device
+        if heavy and work:
+            once = op_seconds(device, work * share, held, dtype, "attention" if "attention" in op.target else "")
+            return float(once * (1.0 + (sum(v.grad for v in operands[:3]) if grad else 0)))
+        return float((memory_seconds(device, held * FUSED) - device.launch) * (2.0 if grad else 1.0))
+
+    def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
+        """A transition and its gradient's, axis by axis."""
+        from .placement import path
+
+        key = (tensor, a, b, grad)
+        if key in self.memo:
+            return self.memo[key]
+        steps = path(tensor.shape, a, b, sizes)
+        assert steps is not None
+        total, layout = 0.0, list(a)
+        for axis, have, want in steps:
+            rest = [t for i, t in enumerate(layout) if i != axis]
+            others = [k for i, k in enumerate(sizes) if i != axis]
+            full = _local_bytes(tensor, tuple(rest), tuple(others))
+            total += self._wire(transition(have, want), full, axis, have, want)
+            if grad:
+                total += self._wire(transition(gradient(want), gradient(have)), full, axis, gradient(want), gradient(have))
+            layout[axis] = want
+        self.memo[key] = total
+        return total
+
+    def _wire(self, kind: str, full: float, axis: int, a: Type, b: Type) -> float:
+        device = self.cluster.device
+        if kind == "nothing":
+            return 0.0
+        if kind in ("slice", "embed", "mask"):
+            return memory_seconds(device, full)
+        size, stride = self.mesh.size(AXES[axis]), self.mesh.stride(AXES[axis])
+        seconds = float(collective.seconds(self.cluster, kind, full, size, stride))
+        if kind == "all_to_all" and a.dim == b.dim:
+            seconds = float(collective.seconds(self.cluster, "all_gather", full, size, stride))
+        moved = (a.kind == "S" and (a.dim != 0 or a.cut)) or (b.kind == "S" and (b.dim != 0 or b.cut))
+        return seconds + (memory_seconds(device, 2 * full) if moved else 0.0)
+
+    def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray:
+        """The optimizer's pass over what is stored."""
+        each = OPTIMIZER_BYTES if trainable else 0
+        return np.array([memory_seconds(self.cluster.device, _local_numel(tensor, c, sizes) * each) for c in choices])
+
+    def send(self, bytes: float) -> float:
+        """From one stage to the next."""
+        return float(collective.seconds(self.cluster, "send", bytes, self.mesh.size("pp"), self.mesh.stride("pp")))
+
+
+def _largest_share(strategy: Strategy, operands: Sequence[Value], outs: Sequence[Value], k: int) -> float:
+    for v, t in [*zip(outs, strategy.outs, strict=True), *zip(operands, strategy.ins, strict=True)]:
+        if t.kind == "S":
+            n = v.tensor.shape[t.dim]
+            return local_shape(v.tensor.shape, (t,), (k,), (0,))[t.dim] / n if n else 1.0
+    return 1.0
+
+
+def _local_numel(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> int:
+    return math.prod(local_shape(tensor.shape, layout, sizes, (0,) * len(sizes)))
+
+
+def _local_bytes(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> float:
+    return Tensor(local_shape(tensor.shape, layout, sizes, (0,) * len(sizes)), tensor.dtype).bytes
+
+
+class RandomPrices:
+    """Random costs, finite wherever a plan is legal: the cheapest plan is then a random legal plan."""
+
+    per_step = 1.0
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+
+    def op(self, op: Op, rule: Rule, graph: Graph, choices: Sequence[Pair], sizes: tuple[int, ...]) -> np.ndarray:
+        return self.random.random(len(choices))
+
+    def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
+        return float(self.random.random() * 0.3)
+
+    def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray:
+        return self.random.random(len(choices))

@@ -1,0 +1,333 @@
+"""The executor: plays one rank's instruction list, as a generator that pauses where it needs other ranks.
+
+In: a `RankProgram`, the rank's `State`, the step's inputs. Out: the loss, and gradients in `.grad` of the stored parameters.
+Both players drive it: `in_process` answers its requests (`Meet`, `Send`, `Receive`) for all ranks in turns, `module` answers
+them through torch.distributed. How a module itself runs is the player's too (`Run`).
+
+A step keeps an environment of tensors by name for the step, and one for each microbatch in flight; a value of a microbatch is
+dropped after its last use. Gradients of values live in a second environment per microbatch, and are summed over consumers;
+gradients of parameters as used are summed over consumers and microbatches, and go through `gather` backwards once, at G.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..lower.program import Call, Program, RankProgram
+from ..plan.schedules import Action
+from ..trace import graph
+from .inputs import Reader, StepInputs, torch_dtype
+from .requests import Meet, Receive, Request, Send
+
+Results = tuple[Any, ...]
+Run = Callable[[fx.GraphModule, Sequence[Tensor]], Generator[Request, Any, Results]]
+"""How a player runs one graph of a module."""
+
+FORWARD_ONLY = ("P", "D", "F", "SF", "RF", "L")
+
+
+@dataclass
+class State:
+    """What a rank keeps between steps: its shards, on its device."""
+
+    rank: int
+    params: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+    constants: dict[str, Tensor]
+
+
+class Executor:
+    """One rank's program, with what can be worked out before the first step."""
+
+    def __init__(self, program: Program, rank: RankProgram, device: torch.device, run: Run) -> None:
+        self.program, self.rank, self.run = program, rank, run
+        self.device = device
+        self.reader = Reader(program, rank, device)
+        self.calls = [call for call in (rank.data, *rank.blocks) if call is not None]
+        self.used = frozenset(rank.gather.outputs if rank.gather else ()) | {f"param:{path}" for path in rank.params}
+        self.sent = frozenset(n for (source, _), names in rank.edges.items() if source == rank.stage for n in names)
+        self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self.drops = self.last_uses()
+        self.loss_stage = next((s for s in range(program.mesh.size("pp")) if _makes_loss(program.ranks[self.peer(s)])), 0)
+        self.makes_loss = _makes_loss(rank)
+
+    def peer(self, stage: int) -> int:
+        """The rank that runs another stage of the same replica."""
+        return self.program.mesh.rank({**self.rank.coords, "pp": stage})
+
+    def last_uses(self) -> list[list[str]]:
+        """Per call, the values that nothing needs after it (in the forward of one microbatch)."""
+        needed = set(self.sent) | set(self.rank.updates.values()) | {self.rank.loss}
+        drops = []
+        for call in reversed(self.calls):
+            dead = set(call.inputs).union(call.outputs) - needed
+            needed |= dead
+            drops.append(sorted(dead))
+        return drops[::-1]
+
+    def edge(self, action: Action) -> tuple[str, ...]:
+        """The values that a transfer carries: all of the edge forward, those with a gradient backward."""
+        source, destination = sorted((action.stage, action.peer))
+        names = self.rank.edges.get((source, destination), ())
+        return names if action.kind[1] == "F" else tuple(n for n in names if n in self.rank.grad_values)
+
+
+@dataclass
+class Step:
+    """One step of one rank. `run` is the generator; `at` says where it stands, for messages."""
+
+    x: Executor
+    state: State
+    inputs: StepInputs
+    train: bool = True
+    at: str = "start"
+    env: dict[str, Tensor] = field(default_factory=dict)
+    envs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    grads: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    owned: set[str] = field(default_factory=set)
+    saved: dict[tuple[int, int], Results] = field(default_factory=dict)
+    """(microbatch, call) → what its backward needs; the gather's is at (-1, -1)."""
+    loss: Tensor | None = None
+
+    def run(self) -> Generator[Request, Any, Tensor]:
+        rank = self.x.rank
+        actions = [a for a in rank.instructions if self.train or a.kind in FORWARD_ONLY]
+        self.pending = Counter(a.mb for a in actions if a.kind == "SF")
+        self.env |= {f"param:{path}": p.detach() for path, p in self.state.params.items()}
+        self.env |= {f"buffer:{path}": b for path, b in self.state.buffers.items()}
+        self.env |= {name: self.state.constants[name] for name in rank.constants}
+        self.env.update(self.x.reader.read(self.inputs, None))
+        for action in actions:
+            self.at = str(action)
+            yield from getattr(self, action.kind)(action)
+        self.at = "the end of its step"
+        assert not self.saved and self.loss is not None, f"rank {rank.rank}: microbatches without a backward: {sorted(self.saved)}"
+        return self.loss
+
+    # ---- before the loop --------------------------------------------------------------------------------------------
+
+    def P(self, action: Action) -> Generator[Request, Any, None]:
+        if self.x.rank.gather:
+            yield from self.forward(self.x.rank.gather, self.env, (-1, -1))
+
+    def D(self, action: Action) -> Generator[Request, Any, None]:
+        if self.x.rank.once:
+            yield from self.forward(self.x.rank.once, self.env, None)
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def F(self, action: Action) -> Generator[Request, Any, None]:
+        mb, rank = action.mb, self.x.rank
+        env = self.envs.setdefault(mb, {})
+        env.update(self.x.reader.read(self.inputs, mb))
+        for i, call in enumerate(self.x.calls):
+            yield from self.forward(call, env, (mb, i))
+            for name in self.x.drops[i]:
+                env.pop(name, None)
+        if self.x.makes_loss:
+            loss = self.value(env, rank.loss)
+            self.x.shapes[rank.loss] = loss.shape, loss.dtype
+            self.loss = loss if self.loss is None else self.loss + loss
+        if mb == self.x.program.microbatches - 1:
+            self.env |= {name: env[name] for name in rank.updates.values() if name in env}
+        if not self.pending[mb]:
+            del self.envs[mb]
+
+    def I(self, action: Action) -> Generator[Request, Any, None]:  # noqa: E743
+        yield from self.backward(action.mb, weights=False)
+
+    def W(self, action: Action) -> Generator[Request, Any, None]:
+        for i in reversed(range(len(self.x.calls))):
+            if (action.mb, i) in self.saved:
+                yield from self.weights(self.x.calls[i], self.saved.pop((action.mb, i)))
+
+    def B(self, action: Action) -> Generator[Request, Any, None]:
+        yield from self.backward(action.mb, weights=True)
+
+    def SF(self, action: Action) -> Generator[Request, Any, None]:
+        env = self.envs[action.mb]
+        yield Send(self.x.peer(action.peer), [self.value(env, name) for name in self.x.edge(action)], self.at)
+        self.pending[action.mb] -= 1
+        if not self.pending[action.mb]:
+            del self.envs[action.mb]
+
+    def RF(self, action: Action) -> Generator[Request, Any, None]:
+        names = self.x.edge(action)
+        tensors = yield Receive(self.x.peer(action.peer), [self.x.rank.values[n] for n in names], self.at)
+        self.envs.setdefault(action.mb, {}).update(zip(names, tensors, strict=True))
+
+    def SB(self, action: Action) -> Generator[Request, Any, None]:
+        grads = self.grads[action.mb]
+        gone = [self.gradient(grads, name) for name in self.x.edge(action)]
+        yield Send(self.x.peer(action.peer), gone, self.at)
+
+    def RB(self, action: Action) -> Generator[Request, Any, None]:
+        names = self.x.edge(action)
+        tensors = yield Receive(self.x.peer(action.peer), [self.x.rank.values[n] for n in names], self.at)
+        for name, grad in zip(names, tensors, strict=True):
+            self.add(name, grad, self.grads.setdefault(action.mb, {}))
+
+    # ---- after the loop ---------------------------------------------------------------------------------------------
+
+    def G(self, action: Action) -> Generator[Request, Any, None]:
+        gather, stored = self.x.rank.gather, {}
+        if (-1, -1) in self.saved:
+            assert gather is not None
+            into: dict[str, Tensor] = {}
+            results, kept = yield from self.inputs_backward(gather, self.saved.pop((-1, -1)), self.totals)
+            for name, grad in results:
+                _sum(into, name, grad)
+            yield from self.weights(gather, kept, into)
+            stored = into
+        for path in self.state.params:
+            direct = self.totals.pop(f"param:{path}", None)
+            if direct is not None:
+                _sum(stored, f"param:{path}", direct)
+        seen: set[int] = set()
+        for path, param in self.state.params.items():
+            total = stored.pop(f"param:{path}", None)
+            if path in self.x.rank.tied and param.requires_grad:
+                total = yield from self.tied(path, torch.zeros_like(param) if total is None else total)
+            if total is not None and param.requires_grad:
+                _place(param, total, seen)
+
+    def tied(self, path: str, grad: Tensor) -> Generator[Request, Any, Tensor]:
+        """The sum over the ranks that store the same shard."""
+        ranks = tuple(sorted({self.x.rank.rank, *self.x.rank.tied[path]}))
+        if len(ranks) > 1:
+            grad = yield Meet("all_reduce", ranks, _wide(grad).contiguous(), ("sum",), f"tied {path}")
+        return grad
+
+    def L(self, action: Action) -> Generator[Request, Any, None]:
+        whole = self.x.program.graph.values[self.x.program.graph.loss].tensor
+        if self.loss is None:
+            self.loss = torch.zeros(whole.shape, dtype=torch_dtype(whole.dtype), device=self.x.device)
+        self.loss = self.loss.to(torch_dtype(whole.dtype))
+        if self.x.program.mesh.size("pp") > 1:
+            self.loss = yield Meet("broadcast", "pp", self.loss, (self.x.loss_stage,), "the loss")
+
+    def U(self, action: Action) -> Generator[Request, Any, None]:
+        for path, name in self.x.rank.updates.items():
+            self.state.buffers[path].copy_(self.env[name])
+        return
+        yield
+
+    # ---- modules ----------------------------------------------------------------------------------------------------
+
+    def value(self, env: dict[str, Tensor], name: str) -> Tensor:
+        return env[name] if name in env else self.env[name]
+
+    def forward(self, call: Call, env: dict[str, Tensor], key: tuple[int, int] | None) -> Generator[Request, Any, None]:
+        """Run a call; put its outputs into `env` and, if it has a backward, what that needs under `key`."""
+        module = call.module
+        results = yield from self.x.run(module.forward, [self.value(env, name) for name in call.inputs])
+        env.update(zip(call.outputs, results[: module.outputs], strict=True))
+        if self.train and key is not None and module.backward_input is not None:
+            self.saved[key] = results[module.outputs :]
+            for k in module.grad_outputs:
+                self.x.shapes[call.outputs[k]] = results[k].shape, results[k].dtype
+
+    def backward(self, mb: int, weights: bool) -> Generator[Request, Any, None]:
+        """All calls in reverse. Without `weights`, what the weights' gradients need stays in `saved`, for W."""
+        grads = self.grads.setdefault(mb, {})
+        if self.x.makes_loss:
+            shape, dtype = self.x.shapes[self.x.rank.loss]
+            self.add(self.x.rank.loss, torch.ones(shape, dtype=dtype, device=self.x.device), grads)
+        for i in reversed(range(len(self.x.calls))):
+            call = self.x.calls[i]
+            if (mb, i) not in self.saved:
+                continue
+            results, kept = yield from self.inputs_backward(call, self.saved.pop((mb, i)), grads)
+            for name, grad in results:
+                self.add(name, grad, grads)
+            if weights:
+                yield from self.weights(call, kept)
+            else:
+                self.saved[mb, i] = kept
+            del results, kept
+
+    def inputs_backward(
+        self, call: Call, saved: Results, grads: dict[str, Tensor]
+    ) -> Generator[Request, Any, tuple[list[tuple[str, Tensor]], Results]]:
+        """(name, gradient) of the inputs that have one, and what `weights` needs."""
+        module = call.module
+        assert module.backward_input is not None
+        given = [self.gradient(grads, call.outputs[k]) for k in module.grad_outputs]
+        results = yield from self.x.run(module.backward_input, [*saved, *given])
+        n = len(module.grad_inputs)
+        return [(call.inputs[k], g) for k, g in zip(module.grad_inputs, results[:n], strict=True)], results[n:]
+
+    def weights(self, call: Call, kept: Results, into: dict[str, Tensor] | None = None) -> Generator[Request, Any, None]:
+        module = call.module
+        if module.backward_weight is None:
+            return
+        results = yield from self.x.run(module.backward_weight, kept)
+        for k, grad in zip(module.grad_params, results, strict=True):
+            if into is None:
+                self.total(call.inputs[k], grad)
+            else:
+                _sum(into, call.inputs[k], grad)
+
+    # ---- gradients --------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, grad: Tensor | None, grads: dict[str, Tensor]) -> None:
+        if name in self.x.used:
+            self.total(name, grad)
+        else:
+            _sum(grads, name, grad)
+
+    def total(self, name: str, grad: Tensor | None) -> None:
+        """Accumulate the gradient of a parameter as used; the second one makes a tensor of our own, which the others go into."""
+        if grad is None or name not in self.totals:
+            _sum(self.totals, name, grad)
+        elif name in self.owned:
+            self.totals[name].add_(grad)
+        else:
+            self.totals[name] = _wide(self.totals[name]) + grad
+            self.owned.add(name)
+
+    def gradient(self, grads: dict[str, Tensor], name: str) -> Tensor:
+        """What has gathered for a value; zeros if nothing uses it."""
+        if name in grads:
+            return grads.pop(name)
+        if name in self.x.shapes:
+            shape, dtype = self.x.shapes[name]
+        else:
+            spec: graph.Tensor = self.x.rank.values[name]
+            shape, dtype = torch.Size(spec.shape), torch_dtype(spec.dtype)
+        return torch.zeros(shape, dtype=dtype, device=self.x.device)
+
+
+def _makes_loss(rank: RankProgram) -> bool:
+    calls = [call for call in (rank.once, rank.data, *rank.blocks) if call is not None]
+    return any(rank.loss in call.outputs for call in calls)
+
+
+def _sum(into: dict[str, Tensor], name: str, grad: Tensor | None) -> None:
+    # never in place: a gradient may be a view of something else, or stand for two values at once
+    if grad is not None:
+        into[name] = into[name] + grad if name in into else grad
+
+
+def _wide(grad: Tensor) -> Tensor:
+    return grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
+
+
+def _place(param: nn.Parameter, grad: Tensor, seen: set[int]) -> None:
+    """Into `.grad`, as autograd does it: added to what is there, else as a dense tensor that nothing else shares."""
+    grad = grad.to(param.dtype)
+    assert grad.shape == param.shape, f"gradient of shape {tuple(grad.shape)} for a shard of {tuple(param.shape)}"
+    if param.grad is not None:
+        param.grad.add_(grad)
+        return
+    storage = grad.untyped_storage()
+    alone = grad.is_contiguous() and storage.nbytes() == grad.numel() * grad.element_size() and storage.data_ptr() not in seen
+    param.grad = grad if alone else grad.clone(memory_format=torch.contiguous_format)
+    seen.add(storage.data_ptr())

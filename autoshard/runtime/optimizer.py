@@ -1,0 +1,137 @@
+"""Optimizers on shards: any elementwise torch optimizer, with float32 masters for bfloat16 and float16 parameters.
+
+In: an optimizer class, named local shards, options. Out: a `torch.optim.Optimizer` whose `param_groups` are the wrapped one's, so
+that learning rate schedulers work on it. An optimizer that looks at a whole tensor (its rows, its norm, its inverse root) would
+compute something else on shards, and is refused.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn, optim
+
+from ..errors import OptimizerError
+
+ELEMENTWISE = (
+    optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.Adamax, optim.NAdam, optim.RAdam, optim.Rprop, optim.ASGD,
+    optim.Adadelta,
+)  # fmt: skip
+"""Optimizers in which an element's step depends on that element's own history alone."""
+
+WHOLE = {
+    "Adafactor": "keeps row and column means of whole matrices, and scales by the norm of a whole parameter",
+    "LAMB": "scales each step by the norm of a whole parameter",
+    "LARS": "scales each step by the norm of a whole parameter",
+    "LBFGS": "takes inner products over all parameters",
+    "Muon": "orthogonalises whole matrices",
+    "Shampoo": "takes inverse roots of whole matrices",
+    "SOAP": "rotates whole matrices into their eigenbasis",
+    "SparseAdam": "expects sparse gradients",
+}
+
+
+def check_elementwise(cls: type[optim.Optimizer]) -> None:
+    """Raise OptimizerError unless the class may run on shards: a subclass may do anything, so it has to say so itself."""
+    if cls in ELEMENTWISE or cls.__dict__.get("elementwise") is True:
+        return
+    why = next((WHOLE[c.__name__] for c in cls.__mro__ if c.__name__ in WHOLE), None)
+    raise OptimizerError(
+        f"{cls.__name__} {why}, which a shard doesn't have" if why else f"{cls.__name__} is not known to work element by element",
+        hint=f"use one of {', '.join(c.__name__ for c in ELEMENTWISE)}, or set `elementwise = True` on a class that is",
+    )
+
+
+class ShardedOptimizer(optim.Optimizer):
+    """Steps local shards. `groups`: (name pattern, options) pairs; `names`: all of the model's names that a pattern may mean."""
+
+    def __init__(
+        self,
+        cls: type[optim.Optimizer],
+        named: Sequence[tuple[str, nn.Parameter]],
+        groups: Sequence[tuple[str, dict[str, Any]]] = (),
+        names: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        check_elementwise(cls)
+        self.named = list(named)
+        self.masters = {name: nn.Parameter(p.detach().float()) for name, p in named if p.dtype in (torch.bfloat16, torch.float16)}
+        if named and "fused" in inspect.signature(cls).parameters and all(p.is_cuda for _, p in named):
+            # one kernel for all shards; anything said about it stands
+            if not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
+                options["fused"] = True
+        self.inner = cls(_groups(self.named, self.masters, groups, names), **options)
+        super().__init__(self.inner.param_groups, self.inner.defaults)
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for name, param in self.named:
+            if name in self.masters:
+                self.masters[name].grad = None if param.grad is None else param.grad.float()
+        self.inner.step()
+        for name, param in self.named:
+            if name in self.masters:
+                param.copy_(self.masters[name])
+                self.masters[name].grad = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for _, param in self.named:
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad.zero_()
+
+    @torch.no_grad()
+    def reload_masters(self) -> None:
+        """Take the parameters' values into the masters, after something else wrote the parameters."""
+        for name, param in self.named:
+            if name in self.masters:
+                self.masters[name].copy_(param)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, of local shards, and the masters by name."""
+        return {**self.inner.state_dict(), "masters": {name: m.detach() for name, m in self.masters.items()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        masters = state_dict.get("masters", {})
+        if set(masters) != set(self.masters):
+            raise OptimizerError(f"the state holds masters of {sorted(masters)[:5]}, expected {sorted(self.masters)[:5]}")
+        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != "masters"})
+        for name, param in self.named:
+            if name in self.masters:
+                self.masters[name].copy_(masters[name])
+                param.copy_(masters[name])
+        self._share()
+
+
+def _groups(
+    named: Sequence[tuple[str, nn.Parameter]],
+    masters: dict[str, nn.Parameter],
+    groups: Sequence[tuple[str, dict[str, Any]]],
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """torch param groups, one per pattern and one for the rest; the same on every rank, even where a rank has no parameter of it."""
+    for pattern, _ in groups:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise OptimizerError(f"no parameter's name matches {pattern!r}", hint=f"names are like {', '.join(names[:3])}")
+    made: list[dict[str, Any]] = [{"params": [], **options} for _, options in groups]
+    rest: dict[str, Any] = {"params": []}
+    for name, param in named:
+        path = name.rpartition(":")[2]
+        into = next((made[i] for i, (pattern, _) in enumerate(groups) if fnmatch.fnmatchcase(path, pattern)), rest)
+        into["params"].append(masters.get(name, param))
+    return [*made, rest]

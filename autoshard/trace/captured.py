@@ -1,0 +1,119 @@
+"""What capture returns: the Graph with the tensors and callables that plain data can't hold, and its reference interpreter.
+
+In: argument tensors of a batch (`flatten`), then parameters, buffers and inputs by value name (`run`). Out: every value of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ..errors import BatchError
+from .graph import Graph, map_refs
+from .interpret import call
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One random op of the plain model, in execution order. `value`: the graph value that holds its result, if it is alive there."""
+
+    index: int
+    target: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The structure of the call: leaves by path, in order; the value name of a tensor leaf, the expected object of any other."""
+
+    tree: Any
+    paths: tuple[str, ...]
+    names: tuple[str | None, ...]
+    plain: tuple[Any, ...]
+
+
+@dataclass
+class Captured:
+    """`graph` in normal form; `constants` by value name; `opaque` callables by key; `spec` of the call; `draws` that the model makes."""
+
+    graph: Graph
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    opaque: dict[str, Callable[..., tuple[Tensor, ...]]] = field(default_factory=dict)
+    spec: InputSpec | None = None
+    draws: list[Draw] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return str(self.graph)
+
+    def flatten(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """The tensors of a call by input value name. Raises BatchError where it differs from the captured call."""
+        assert self.spec is not None
+        found, tree = pytree.tree_flatten_with_path((tuple(args), dict(sorted((kwargs or {}).items()))))
+        by_path = {path_text(path): leaf for path, leaf in found}
+        missing, extra = set(self.spec.paths) - set(by_path), set(by_path) - set(self.spec.paths)
+        if missing or extra:
+            raise BatchError(
+                f"the arguments are {sorted(by_path)}, but {sorted(self.spec.paths)} were captured",
+                hint="call with the arguments that were captured, or capture again",
+            )
+        tensors = {}
+        for path, name, plain in zip(self.spec.paths, self.spec.names, self.spec.plain, strict=True):
+            leaf = by_path[path]
+            if name is None:
+                _check_plain(path, leaf, plain)
+            else:
+                tensors[name] = self._check_tensor(path, name, leaf)
+        return tensors
+
+    def _check_tensor(self, path: str, name: str, leaf: Any) -> Tensor:
+        want = self.graph.values[name].tensor
+        if not isinstance(leaf, Tensor):
+            raise BatchError(f"{path} is {type(leaf).__name__}, but a tensor {want} was captured")
+        dtype = str(leaf.dtype).removeprefix("torch.")
+        if tuple(leaf.shape) != want.shape or dtype != want.dtype:
+            raise BatchError(
+                f"{path} is {dtype}[{', '.join(map(str, leaf.shape))}], but {want} was captured", hint="capture again for a new shape"
+            )
+        return leaf
+
+    def run(self, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Execute every op on one device, differentiably, given parameters, buffers and inputs by value name.
+
+        Random ops draw from torch's default generator in the plain model's order, those whose results are dead included.
+        """
+        values: dict[str, Tensor] = {**{k: v.to(device) for k, v in self.constants.items()}, **tensors}
+        drawn = 0
+        for op in self.graph.ops:
+            args, kwargs = map_refs((op.args, op.kwargs), lambda ref: values[ref.name])
+            if op.target == "autoshard.dropout_mask.default":
+                drawn = self._skip_draws(drawn, op.args[3], device)
+            outs = call(op.target, args, kwargs, device, self.opaque)
+            values.update(zip(op.outs, outs if isinstance(outs, tuple) else (outs,), strict=True))
+        self._skip_draws(drawn, len(self.draws), device)
+        return values
+
+    def _skip_draws(self, start: int, end: int, device: torch.device | str) -> int:
+        """Make the draws before `end` whose results nobody uses, as the plain model does. Returns the next one's index."""
+        for draw in self.draws[start:end]:
+            call(draw.target, draw.args, draw.kwargs, device)
+        return end + 1
+
+
+def path_text(path: tuple[Any, ...]) -> str:
+    """`args.0`, `kwargs.labels`, `kwargs.cache.0.1`: an argument's place in the call."""
+    keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+    return ".".join([("args", "kwargs")[int(keys[0])], *keys[1:]])
+
+
+def _check_plain(path: str, leaf: Any, plain: Any) -> None:
+    if type(leaf) is type(plain) and (leaf is plain or leaf == plain):
+        return
+    raise BatchError(f"{path} is {leaf!r}, but {plain!r} was captured", hint="an argument that isn't a tensor is fixed at capture")
+
+

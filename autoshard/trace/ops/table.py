@@ -1,0 +1,327 @@
+"""The rule table: what the compiler knows of each op, in one place, and its one reader, `rule_of`.
+
+An entry is a line of notation, or a function where the factors follow from shapes or arguments. What isn't here runs whole
+on every rank, which is always right; the plan says so. Users add an op of their own with `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..graph import Op, Ref, Value
+from . import shapes
+from .rule import Factor, Place, Rule, parse
+
+RuleFunction = Callable[[Op, Mapping[str, Value]], Rule]
+
+
+def _shapes(op: Op, values: Mapping[str, Value]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    return [values[n].tensor.shape for n in op.inputs], [values[n].tensor.shape for n in op.outs]
+
+
+def notation(text: str, *linear: str) -> RuleFunction:
+    """An entry in notation. `linear`: groups of operand numbers, "0" and "1" for each alone, "01" for both together."""
+    groups = tuple(frozenset(map(int, group)) for group in linear)
+
+    def rule(op: Op, values: Mapping[str, Value]) -> Rule:
+        return Rule(parse(text, *_shapes(op, values)), groups)
+
+    return rule
+
+
+def pointwise(op: Op, values: Mapping[str, Value]) -> Rule:
+    """Broadcasting elementwise op: each dim of the output is a factor."""
+    ins, outs = _shapes(op, values)
+    text = ", ".join("…" for _ in ins) + " -> " + ", ".join("…" for _ in outs)
+    return Rule(parse(text, ins, outs))
+
+
+def jointly_linear(op: Op, values: Mapping[str, Value]) -> Rule:
+    """add, sub, where, and friends: linear in all tensor operands together, if no operand is a plain number."""
+    tensors = [i for i, name in enumerate(op.inputs) if values[name].tensor.floating]
+    numbers = any(isinstance(a, (int, float)) and a != 0 for a in op.args)
+    base = pointwise(op, values)
+    return Rule(base.factors, () if numbers or not tensors else (frozenset(tensors),))
+
+
+def separately_linear(op: Op, values: Mapping[str, Value]) -> Rule:
+    """mul: linear in each floating tensor operand by itself."""
+    base = pointwise(op, values)
+    return Rule(base.factors, tuple(frozenset({i}) for i, n in enumerate(op.inputs) if values[n].tensor.floating))
+
+
+def linear_in_first(op: Op, values: Mapping[str, Value]) -> Rule:
+    """div, neg: linear in the first argument, if that is a tensor."""
+    base = pointwise(op, values)
+    first = bool(op.args) and isinstance(op.args[0], Ref) and values[op.args[0].name].tensor.floating
+    return Rule(base.factors, (frozenset({0}),) if first and values[op.outs[0]].tensor.floating else ())
+
+
+def masked_fill(op: Op, values: Mapping[str, Value]) -> Rule:
+    base = pointwise(op, values)
+    return Rule(base.factors, (frozenset({0}),) if op.args[2] == 0 else ())
+
+
+def reduction(result: str | None, body: str = "", linear: bool = False) -> RuleFunction:
+    """A reduction over args[1] (`keepdim` = args[2]): kept dims are factors; reduced ones leave `result` pending."""
+
+    def rule(op: Op, values: Mapping[str, Value]) -> Rule:
+        (shape, *_), _ = _shapes(op, values)
+        dims, keep = _dims(op, len(shape)), bool(op.args[2]) if len(op.args) > 2 else False
+        kept = [d for d in range(len(shape)) if keep or d not in dims]
+        factors = []
+        for d, n in enumerate(shape):
+            if n == 1:
+                continue
+            if d not in dims:
+                factors.append(Factor(str(d), n, (Place(d),), (Place(kept.index(d)),) * len(op.outs)))
+            elif result:
+                factors.append(Factor(str(d), n, (Place(d),), (result,) * len(op.outs), body=body))
+        return Rule(tuple(factors), (frozenset({0}),) if linear else ())
+
+    return rule
+
+
+def _dims(op: Op, rank: int) -> tuple[int, ...]:
+    dims = op.args[1] if len(op.args) > 1 else None
+    if dims is None or dims == ():
+        return tuple(range(rank))
+    return tuple(d % rank for d in ((dims,) if isinstance(dims, int) else dims))
+
+
+def along(position: int = 1, default: int = -1) -> RuleFunction:
+    """softmax, cumsum, topk, sort, flip: whole along the dim(s) in args[position], free along all others."""
+
+    def rule(op: Op, values: Mapping[str, Value]) -> Rule:
+        ins, outs = _shapes(op, values)
+        dims = op.args[position] if len(op.args) > position else default
+        rank = len(outs[0])
+        blocked = {d % rank for d in ((dims,) if isinstance(dims, int) else dims)} if rank else set()
+        return Rule(
+            tuple(
+                Factor(str(d), n, tuple(Place(d) for _ in ins), tuple(Place(d) for _ in outs))
+                for d, n in enumerate(outs[0])
+                if d not in blocked and n > 1 and all(len(s) == rank and s[d] == n for s in ins)
+            )
+        )
+
+    return rule
+
+
+def layer_norm(op: Op, values: Mapping[str, Value]) -> Rule:
+    (shape, *rest), outs = _shapes(op, values)
+    lead = len(shape) - len(op.args[1])
+    return Rule(
+        tuple(
+            Factor(str(d), n, (Place(d), *(None for _ in rest)), (Place(d),) * len(outs)) for d, n in enumerate(shape[:lead]) if n > 1
+        )
+    )
+
+
+def matmul(op: Op, values: Mapping[str, Value]) -> Rule:
+    (a, b), outs = _shapes(op, values)
+    left = "k" if len(a) == 1 else "… m k"
+    right = "k" if len(b) == 1 else "… k n"
+    out = " ".join(["…"] * (len(a) > 2 or len(b) > 2) + ["m"] * (len(a) > 1) + ["n"] * (len(b) > 1))
+    return Rule(parse(f"{left}, {right} -> {out}", (a, b), outs), (frozenset({0}), frozenset({1})))
+
+
+def einsum(op: Op, values: Mapping[str, Value]) -> Rule:
+    ins, outs = _shapes(op, values)
+    left, _, right = op.args[0].replace(" ", "").partition("->")
+    if "." in op.args[0] or "->" not in op.args[0]:
+        return Rule(why="einsum with an ellipsis or without an output")
+    text = ", ".join(" ".join(side) for side in left.split(",")) + " -> " + " ".join(right)
+    if any(len(set(side)) != len(side) for side in left.split(",")):
+        return Rule(why="einsum that takes a diagonal")
+    return Rule(parse(text, ins, outs), tuple(frozenset({i}) for i in range(len(ins))))
+
+
+def embedding(op: Op, values: Mapping[str, Value]) -> Rule:
+    ((v, h), ids), _ = _shapes(op, values)
+    factors = [Factor(f"i{d}", n, (None, Place(d)), (Place(d),)) for d, n in enumerate(ids) if n > 1]
+    factors += [Factor("v", v, (Place(0), None), ("sum",), body="embedding"), Factor("h", h, (Place(1), None), (Place(len(ids)),))]
+    return Rule(tuple(factors), (frozenset({0}),))
+
+
+def pick(op: Op, values: Mapping[str, Value]) -> Rule:
+    (z, _), _ = _shapes(op, values)
+    factors = [Factor(str(d), n, (Place(d), Place(d)), (Place(d),)) for d, n in enumerate(z[:-1]) if n > 1]
+    last = Factor("v", z[-1], (Place(len(z) - 1), None), ("sum",), body="pick")
+    return Rule((*factors, last), (frozenset({0}),))
+
+
+def attention(op: Op, values: Mapping[str, Value]) -> Rule:
+    """q b h s e, k b g t e, v b g t f, mask (1|b)(1|h)(1|s) t -> b h s f, with h = g · repeat. Cutting s needs all keys, and no
+    causal flag, whose meaning would shift; cutting t needs a strategy of its own (ring, gather)."""
+    shapes_, _ = _shapes(op, values)
+    (b, h, s, _), g = shapes_[0], shapes_[1][1]
+    mask = shapes_[3] if len(shapes_) > 3 else None
+
+    def in_mask(dim: int, n: int, inner: int = 1) -> tuple[Place | None, ...]:
+        return () if mask is None else (Place(dim, inner=inner) if mask[dim] == n and n > 1 else None,)
+
+    factors = []
+    if b > 1:
+        factors.append(Factor("b", b, (Place(0),) * 3 + in_mask(0, b), (Place(0),)))
+    if g > 1:
+        factors.append(Factor("h", g, (Place(1, inner=h // g), Place(1), Place(1), *in_mask(1, h, h // g)), (Place(1, inner=h // g),)))
+    elif h > 1:
+        factors.append(Factor("h", h, (Place(1), None, None, *in_mask(1, h)), (Place(1),)))
+    if s > 1 and not op.args[4]:
+        factors.append(Factor("s", s, (Place(2), None, None, *in_mask(2, s)), (Place(2),)))
+    return Rule(tuple(factors), (frozenset({2}),))
+
+
+def dropout_mask(op: Op, values: Mapping[str, Value]) -> Rule:
+    return Rule(tuple(Factor(str(d), n, (), (Place(d),), body="dropout_mask") for d, n in enumerate(op.args[0]) if n > 1))
+
+
+def index(op: Op, values: Mapping[str, Value]) -> Rule:
+    """x[i, j, …] with index tensors in consecutive dims (broadcast together), the other dims taken whole."""
+    shape = values[op.inputs[0]].tensor.shape
+    indices = op.args[1]
+    used = [d for d, i in enumerate(indices) if i is not None]
+    tensors = [values[i.name].tensor for i in indices if i is not None]
+    if any(t.dtype == "bool" for t in tensors) or used != list(range(used[0], used[0] + len(used))):
+        return Rule(why="boolean or scattered index tensors")
+    rank = max(len(t.shape) for t in tensors)
+    out = values[op.outs[0]].tensor.shape
+    factors = []
+    for d, n in enumerate(shape):
+        if d not in used and n > 1:
+            to = d if d < used[0] else d - len(used) + rank
+            factors.append(Factor(f"x{d}", n, (Place(d), *(None for _ in tensors)), (Place(to),)))
+    for d in range(rank):
+        n = out[used[0] + d]
+        if n > 1:
+            places = [Place(k) if (k := d - rank + len(t.shape)) >= 0 and t.shape[k] == n else None for t in tensors]
+            factors.append(Factor(f"i{d}", n, (None, *places), (Place(used[0] + d),)))
+    return Rule(tuple(factors), (frozenset({0}),) if values[op.inputs[0]].tensor.floating else ())
+
+
+def gather(op: Op, values: Mapping[str, Value]) -> Rule:
+    (x, idx), _ = _shapes(op, values)
+    dim = op.args[1] % max(1, len(x))
+    factors = []
+    for d, n in enumerate(idx):
+        if n > 1 and d == dim:
+            factors.append(Factor(str(d), n, (None, Place(d)), (Place(d),)) if len(x) == 1 else None)
+        elif n > 1 and x[d] == n:
+            factors.append(Factor(str(d), n, (Place(d), Place(d)), (Place(d),)))
+    return Rule(tuple(f for f in factors if f), (frozenset({0}),))
+
+
+def index_select(op: Op, values: Mapping[str, Value]) -> Rule:
+    (x, (n, *_)), _ = _shapes(op, values)
+    dim = op.args[1] % len(x)
+    factors = [Factor(str(d), m, (Place(d), None), (Place(d),)) for d, m in enumerate(x) if d != dim and m > 1]
+    if n > 1:
+        factors.append(Factor("i", n, (None, Place(0)), (Place(dim),)))
+    return Rule(tuple(factors), (frozenset({0}),))
+
+
+def pad(op: Op, values: Mapping[str, Value]) -> Rule:
+    (shape, *_), _ = _shapes(op, values)
+    padded = {len(shape) - 1 - i // 2 for i, n in enumerate(op.args[1]) if n}
+    zero = (op.args[2] if len(op.args) > 2 else 0) == 0
+    factors = tuple(Factor(str(d), n, (Place(d),), (Place(d),)) for d, n in enumerate(shape) if d not in padded and n > 1)
+    return Rule(factors, (frozenset({0}),) if zero else ())
+
+
+def convolution(op: Op, values: Mapping[str, Value]) -> Rule:
+    """x b c …, w o c …: batch, output channels, and input channels (summed) where there is one group and no bias."""
+    ins, outs = _shapes(op, values)
+    groups = op.args[8] if "convolution" in op.target and len(op.args) > 8 else op.args[6] if len(op.args) > 6 else 1
+    bias = len(ins) > 2
+    rest = (None,) * (len(ins) - 2)
+    factors = [Factor("b", ins[0][0], (Place(0), None, *rest), (Place(0),))] if ins[0][0] > 1 and len(ins[0]) == len(outs[0]) else []
+    if groups == 1:
+        factors.append(Factor("o", ins[1][0], (None, Place(0), *((Place(0),) if bias else ())), (Place(1),)))
+        if not bias and ins[1][1] > 1:
+            factors.append(Factor("c", ins[1][1], (Place(1), Place(1)), ("sum",)))
+    return Rule(tuple(f for f in factors if f.size > 1))
+
+
+def opaque(op: Op, values: Mapping[str, Value]) -> Rule:
+    return Rule(why="an opaque function: nothing is known of it, so it runs whole")
+
+
+_UNARY = """abs acos asin atan bitwise_not ceil cos cosh elu erf exp exp2 expm1 floor gelu hardsigmoid hardswish hardtanh isinf isnan
+ leaky_relu log log10 log1p log2 log_sigmoid logical_not mish reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh softplus
+ sqrt square tan tanh trunc isfinite sgn celu softsign logit erfinv clamp_min clamp_max frac nan_to_num prelu threshold softshrink
+ hardshrink tanhshrink zeros_like ones_like full_like""".split()
+_BINARY = """atan2 bitwise_and bitwise_or bitwise_xor eq floor_divide fmod ge gt le logical_and logical_or logical_xor lt maximum minimum ne pow
+ remainder __and__ __or__ __xor__ fmin fmax xlogy hypot __lshift__ __rshift__ bitwise_left_shift bitwise_right_shift""".split()
+
+
+def _table() -> dict[str, RuleFunction]:
+    table: dict[str, RuleFunction] = {}
+
+    def add(rule: RuleFunction, *targets: str) -> None:
+        for target in targets:
+            if target in table:
+                raise AssertionError(f"two rules for {target}")
+            table[target] = rule
+
+    add(pointwise, *(f"aten.{n}.default" for n in _UNARY))
+    add(pointwise, *(f"aten.{n}.{o}" for n in _BINARY for o in ("Tensor", "Scalar", "default", "Tensor_Scalar", "Tensor_Tensor", "Scalar_Tensor")
+                     ))  # fmt: skip
+    add(pointwise, "aten.clamp.default", "aten.clamp.Tensor", "aten.addcmul.default", "aten.addcdiv.default", "aten.lerp.Scalar", "aten.lerp.Tensor")
+    add(jointly_linear, "aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar", "aten.rsub.Tensor")
+    add(jointly_linear, "aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
+    add(pointwise, "aten.where.Scalar")
+    add(separately_linear, "aten.mul.Tensor", "aten.mul.Scalar")
+    add(linear_in_first, "aten.div.Tensor", "aten.div.Scalar", "aten.neg.default", "aten._to_copy.default", "aten.detach.default")
+    add(pointwise, "aten.div.Tensor_mode", "aten.div.Scalar_mode")
+    add(masked_fill, "aten.masked_fill.Scalar")
+    add(pointwise, "aten.masked_fill.Tensor")
+    add(notation("… k, n k -> … n", "0", "1"), "aten.linear.default")
+    add(notation("m k, k n -> m n", "0", "1"), "aten.mm.default")
+    add(notation("b m k, b k n -> b m n", "0", "1"), "aten.bmm.default")
+    add(matmul, "aten.matmul.default")
+    add(einsum, "aten.einsum.default")
+    add(shapes.reshape, "aten.reshape.default")
+    add(shapes.permute, "aten.permute.default")
+    add(shapes.expand, "aten.expand.default")
+    add(shapes.slice_, "aten.slice.Tensor")
+    add(shapes.cat, "aten.cat.default")
+    add(shapes.split, "aten.split_with_sizes.default")
+    add(reduction("sum", linear=True), "aten.sum.dim_IntList")
+    add(reduction("sum", body="mean", linear=True), "aten.mean.dim")
+    add(reduction("max"), "aten.amax.default")
+    add(reduction(None), "aten.amin.default", "aten.prod.dim_int", "aten.argmax.default", "aten.max.dim", "aten.min.dim", "aten.any.dim", "aten.all.dim",
+        "aten.var.correction", "aten.std.correction", "aten.logsumexp.default", "aten.mode.default")  # fmt: skip
+    add(along(1), "aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumsum.default",
+        "aten.cumprod.default", "aten.sort.default", "aten.flip.default", "aten.argsort.default")  # fmt: skip
+    add(along(2), "aten.topk.default", "aten.roll.default")
+    add(layer_norm, "aten.layer_norm.default", "aten.rms_norm.default", "aten._fused_rms_norm.default")
+    add(embedding, "aten.embedding.default")
+    add(pick, "autoshard.pick.default")
+    add(attention, "autoshard.attention.default")
+    add(dropout_mask, "autoshard.dropout_mask.default")
+    add(opaque, "autoshard.opaque.default")
+    add(along(1), "autoshard.time_slice.default")
+    add(linear_in_first, "autoshard.time_mask.default")
+    add(index, "aten.index.Tensor")
+    add(gather, "aten.gather.default")
+    add(index_select, "aten.index_select.default")
+    add(pad, "aten.constant_pad_nd.default", "aten.pad.default")
+    add(convolution, "aten.convolution.default", "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
+    return table
+
+
+TABLE = _table()
+
+
+def register(target: str, rule: str | RuleFunction, *linear: str) -> None:
+    """Add a rule for an op of your own: `register("mylib.scale.default", "… h, h -> … h", "0", "1")`. Raises KeyError if there is one."""
+    if target in TABLE:
+        raise KeyError(f"{target} has a rule already")
+    TABLE[target] = notation(rule, *linear) if isinstance(rule, str) else rule
+
+
+def rule_of(op: Op, values: Mapping[str, Value]) -> Rule:
+    """The rule of one op call; an op that the table lacks has none of its own and runs whole."""
+    entry = TABLE.get(op.target)
+    return entry(op, values) if entry else Rule(why=f"{op.target} has no rule")

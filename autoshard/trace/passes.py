@@ -1,0 +1,26 @@
+"""The passes of capture, in the order in which they run. Each is Captured -> Captured; `autoshard.passes.run_passes` runs them."""
+
+from __future__ import annotations
+
+from ..passes import Pass
+from .captured import Captured
+from .normalise.attention import attention
+from .normalise.dropout import dropout
+from .normalise.losses import losses
+from .normalise.matmuls import matmuls
+from .normalise.norms import norms
+from .normalise.pointwise import pointwise
+from .normalise.reductions import reductions
+from .normalise.shapes import shapes
+
+PASSES: list[Pass[Captured]] = [
+    # one spelling for every op, a family at a time
+    dropout,
+    shapes,
+    pointwise,
+    reductions,
+    matmuls,
+    norms,
+    losses,
+    attention,
+]

@@ -1,0 +1,262 @@
+"""The ops that ATen lacks: attention, pick, dropout_mask and opaque, as plain torch functions of tensors.
+
+`attention` and `opaque` are `torch.library` custom ops with a registered fake and backward, so that each stays one node under `make_fx`
+and `torch.compile`; `pick` is ordinary differentiable torch; `dropout_mask` draws.
+
+>>> import torch
+>>> pick(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, -100]))
+tensor([2., 0.])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# shapes:  q [b h s e]   k [b hk t e]   v [b hk t f]   out [b h s f]   lse [b h s]   g = h / hk (query heads per key head)
+
+
+def pick(x: Tensor, labels: Tensor) -> Tensor:
+    """x [..., V], labels [...] -> x[..., labels], and 0 (without gradient) where a label lies outside [0, V)."""
+    valid = (labels >= 0) & (labels < x.shape[-1])
+    found = x.gather(-1, torch.where(valid, labels, 0).long().unsqueeze(-1)).squeeze(-1)
+    return torch.where(valid, found, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def dropout_mask(
+    shape: Sequence[int], p: float, dtype: torch.dtype, index: int, strides: Sequence[int], *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """0 with probability p, else 1/(1-p), drawn from torch's default generator in memory order, as torch.nn.functional.dropout draws.
+
+    `index` is the draw's ordinal in the plain model's execution; executors that key draws by it (counter-based) replace this function.
+    """
+    noise = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
+    return noise.bernoulli_(1 - p).div_(1 - p)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v; a bool mask keeps where True; causal is aligned top left (query i sees keys ≤ i); fully masked rows give 0.
+
+    Query head i reads key head i // g. The mask receives no gradient.
+    """
+    return torch.ops.autoshard.attention(q, k, v, mask, causal, scale)[0]
+
+
+@torch.library.custom_op("autoshard::attention", mutates_args=())
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of the masked scores ([b h s]; -inf where a row is fully masked)."""
+    fused = _fused_forward(q, k, v, mask, causal, scale)
+    if fused is not None:
+        return _heads_inside(fused[0]), fused[1]
+    work = _work_dtype(q)
+    scores = _scores(q.to(work), k.to(work), mask, causal, scale)
+    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
+    out = _matmul(_probabilities(scores, lse), v.to(work))
+    return _heads_inside(out.to(q.dtype)), lse
+
+
+@attention_with_lse.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    b, h, s, _ = q.shape
+    out = q.new_empty((b, s, h, v.shape[-1])).transpose(1, 2)
+    return out, q.new_empty((b, h, s), dtype=_work_dtype(q))
+
+
+@torch.library.custom_op("autoshard::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With P = exp(scores - lse):  dV = Pᵀ dO,  dS = P (dO Vᵀ - rowsum(dO · O)),  dQ = scale dS K,  dK = scale dSᵀ Q."""
+    fused = _fused_backward(grad, q, k, v, mask, out, lse, causal, scale)
+    if fused is not None:
+        dq, dk, dv = fused
+        return _heads_inside(dq), _heads_inside(dk), _heads_inside(dv)
+    work = _work_dtype(q)
+    g, qw, kw, vw = grad.to(work), q.to(work), k.to(work), v.to(work)
+    p = _probabilities(_scores(qw, kw, mask, causal, scale), lse)
+    delta = (g * out.to(work)).sum(-1, keepdim=True)
+    ds = p * (_matmul(g, vw.transpose(-1, -2)) - delta) * scale
+    dq = _matmul(ds, kw).to(q.dtype)
+    dk, dv = _grouped_transpose_matmul(ds, qw, k), _grouped_transpose_matmul(p, g, v)
+    return _heads_inside(dq), _heads_inside(dk), _heads_inside(dv)
+
+
+@attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _attention_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, causal, scale = inputs
+    ctx.save_for_backward(q, k, v, mask, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.causal, ctx.scale = causal, scale  # type: ignore[attr-defined]
+
+
+def _attention_grad(ctx, grad: Tensor, _lse: Tensor | None):  # type: ignore[no-untyped-def]
+    q, k, v, mask, out, lse = ctx.saved_tensors
+    return *torch.ops.autoshard.attention_backward(grad, q, k, v, mask, out, lse, ctx.causal, ctx.scale), None, None, None
+
+
+attention_with_lse.register_autograd(_attention_grad, setup_context=_attention_context)
+
+
+def _work_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _heads_inside(x: Tensor) -> Tensor:
+    """The memory order b s h e, which is free to reshape to b s (h e); the fakes promise it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [b h s x] @ b [b hk x y] -> [b h s y]: the query heads of one key head are stacked as rows, so that b is never repeated."""
+    h, hk = a.shape[1], b.shape[1]
+    if h == hk:
+        return a @ b
+    rows = a.reshape(a.shape[0], hk, h // hk * a.shape[2], a.shape[3])
+    return (rows @ b).view(a.shape[0], h, a.shape[2], b.shape[-1])
+
+
+def _grouped_transpose_matmul(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """a [b h s t]ᵀ @ b [b h s e], summed over the query heads of each key head -> the shape and dtype of `like` [b hk t e]."""
+    hk, g = like.shape[1], a.shape[1] // like.shape[1]
+    stack = [x.reshape(x.shape[0], hk, g * x.shape[2], x.shape[3]) for x in (a, b)]
+    return (stack[0].transpose(-1, -2) @ stack[1]).to(like.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    scores = _matmul(q, k.transpose(-1, -2)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    if causal:
+        s, t = scores.shape[-2:]
+        later = torch.arange(t, device=q.device) > torch.arange(s, device=q.device).unsqueeze(-1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return scores
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    # a fully masked row has lse = -inf; subtracting 0 instead leaves exp(-inf) = 0 rather than nan, as torch's SDPA gives
+    return torch.exp(scores - torch.where(lse == -torch.inf, torch.zeros_like(lse), lse).unsqueeze(-1))
+
+
+def _fused_applies(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether the flash kernel computes this: CUDA, half precision, no dense mask, one head size of a multiple of 8 up to 256."""
+    return (
+        q.device.type == "cuda"
+        and mask is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] == v.shape[-1]
+        and 0 < q.shape[-1] <= 256
+        and q.shape[-1] % 8 == 0
+        and 0 not in (*q.shape, *k.shape)
+        and (not causal or q.shape[2] == k.shape[2])  # the kernel aligns its causal mask bottom right
+    )
+
+
+def _fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
+    if not _fused_applies(q, k, v, mask, causal):
+        return None
+    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return found[0], found[1]
+
+
+def _fused_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    if not _fused_applies(q, k, v, mask, causal):
+        return None
+    unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the dropout seed and offset, read only with dropout
+    found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale
+    )
+    return found[0], found[1], found[2]
+
+
+# ---- opaque: any differentiable callable of tensors as one op
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A callable(*tensors) -> tuple of tensors, and what it returns for the shapes that it was captured with."""
+
+    fn: Callable[..., tuple[Tensor, ...]]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+# The callables of every capture in this process, by key. A custom op's arguments can't be python callables, so the op carries a key
+# (a content hash, see `register_opaque`) and looks it up here, in its fake too. Written by `register_opaque` alone.
+OPAQUE: dict[str, Opaque] = {}
+
+
+def register_opaque(key: str, entry: Opaque) -> str:
+    """Store under `key`, or under `key~2`, `key~3`, … where another entry holds it already. Returns the key to use."""
+    name, n = key, 1
+    while name in OPAQUE and OPAQUE[name] != entry:
+        n += 1
+        name = f"{key}~{n}"
+    OPAQUE[name] = entry
+    return name
+
+
+def opaque(key: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Call the function registered under `key`. Its backward recomputes it, so it must be deterministic."""
+    return tuple(torch.ops.autoshard.opaque(key, list(tensors)))
+
+
+@torch.library.custom_op("autoshard::opaque", mutates_args=())
+def opaque_op(key: str, tensors: list[Tensor]) -> list[Tensor]:
+    outs = OPAQUE[key].fn(*(t.detach() for t in tensors))
+    return [out.detach().clone(memory_format=torch.contiguous_format) for out in outs]
+
+
+@opaque_op.register_fake
+def _(key: str, tensors: list[Tensor]) -> list[Tensor]:
+    entry = OPAQUE[key]
+    return [tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in zip(entry.shapes, entry.dtypes, strict=True)]
+
+
+@torch.library.custom_op("autoshard::opaque_backward", mutates_args=())
+def opaque_backward(key: str, grads: list[Tensor], tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Gradients of the floating tensors flagged in `needs`, by running the function again under autograd."""
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
+        outs = OPAQUE[key].fn(*inputs)
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
+        wanted = [t for t, n in zip(inputs, needs, strict=True) if n]
+        if not pairs:
+            return [torch.zeros_like(t) for t in wanted]
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+    return [(torch.zeros_like(t) if f is None else f).clone(memory_format=torch.contiguous_format) for t, f in zip(wanted, found, strict=True)]
+
+
+@opaque_backward.register_fake
+def _(key: str, grads: list[Tensor], tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, n in zip(tensors, needs, strict=True) if n]
+
+
+def _opaque_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
+    key, tensors = inputs
+    ctx.key = key  # type: ignore[attr-defined]
+    ctx.needs = [t.is_floating_point() and t.requires_grad for t in tensors]  # type: ignore[attr-defined]
+    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(*(o for o in output if not o.is_floating_point()))
+    ctx.outs = [(o.shape, o.dtype, o.device) for o in output]  # type: ignore[attr-defined]
+
+
+def _opaque_grad(ctx, grads):  # type: ignore[no-untyped-def]
+    filled = [torch.zeros(s, dtype=t, device=d) if g is None else g for g, (s, t, d) in zip(grads, ctx.outs, strict=True)]
+    found = iter(torch.ops.autoshard.opaque_backward(ctx.key, filled, list(ctx.saved_tensors), ctx.needs))
+    return None, [next(found) if n else None for n in ctx.needs]
+
+
+opaque_op.register_autograd(_opaque_grad, setup_context=_opaque_context)

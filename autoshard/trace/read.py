@@ -1,0 +1,198 @@
+"""Read an exported program's functional fx graph into a Graph, op by op, without changing what any op computes.
+
+In: the ExportedProgram, names for its inputs and outputs. Out: a Captured whose ops still carry torch's own spelling (`aten.view`, …), but
+plain arguments: lists become tuples, dtypes strings, devices and layouts go, assertions go.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.export.graph_signature import InputKind, OutputKind
+
+from ..errors import CaptureError
+from .build import drop_dead, dtype_name
+from .captured import Captured, Draw
+from .export import MODEL
+from .graph import Graph, Op, Ref, Tensor, map_refs
+from .legal import is_random
+from .provenance import module_of, source_of
+
+_DROPPED = ("device", "layout", "pin_memory", "non_blocking", "memory_format", "requires_grad")
+_ASSERTIONS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
+
+
+class Reader:
+    """One reading: `values` maps fx nodes to Refs (tuples of Refs for several outputs)."""
+
+    def __init__(self, program: torch.export.ExportedProgram, owners: dict[str, str], trainable: set[str]) -> None:
+        self.program, self.owners, self.trainable = program, owners, trainable
+        self.graph = Graph()
+        self.constants: dict[str, torch.Tensor] = {}
+        self.draws: list[Draw] = []
+        self.values: dict[fx.Node, Any] = {}
+        self.names: set[str] = set()
+
+    def read(self, inputs: list[tuple[str, str, int | None]], outputs: list[str], opaque: dict[str, Callable[..., Any]]) -> Captured:
+        """`inputs`: value name, path and batch dim of each tensor input, in order."""
+        given = iter(inputs)
+        specs = {s.arg.name: s for s in self.program.graph_signature.input_specs}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self._source(node, specs[node.name], given)
+            elif node.op == "call_function":
+                self._op(node)
+        self._roots(outputs)
+        drop_dead(self.graph)
+        return Captured(self.graph, {k: v for k, v in self.constants.items() if k in self.graph.values}, opaque, None, self.draws)
+
+    # -- sources
+
+    def _source(self, node: fx.Node, spec: Any, given: Any) -> None:
+        value = node.meta.get("val")
+        path = (spec.target or "").removeprefix(MODEL + ".")
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            role = "param" if spec.kind is InputKind.PARAMETER else "buffer"
+            owner = self.owners[path]
+            self.values[node] = self._add_source(identifier(owner), value, role, owner, grad=owner in self.trainable)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            tensor = self.program.constants[spec.target]
+            if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+                raise CaptureError(
+                    f"the plain tensor {path!r} has no data ({tensor.device.type} device)", hint="register it as a buffer of the model"
+                )
+            self.values[node] = self._add_source(identifier(path.split(".")[-1]), value, "constant", "")
+            self.constants[self.values[node].name] = tensor.detach().cpu()
+        elif spec.kind is InputKind.USER_INPUT and isinstance(value, torch.Tensor):
+            name, path, batch_dim = next(given)
+            self.values[node] = self._add_source(name, value, "input", path)
+            self.graph.values[self.values[node].name].batch_dim = batch_dim
+        elif node.users:
+            raise CaptureError(f"the model uses {spec.kind.name.lower()} {path!r}, which can't be captured")
+
+    def _add_source(self, name: str, value: torch.Tensor, role: str, path: str, grad: bool = False) -> Ref:
+        known = next((v for v in self.graph.values.values() if role in ("param", "buffer") and v.role == role and v.path == path), None)
+        if known is not None:  # a tied parameter under its second name
+            return Ref(known.name)
+        name = self._fresh(name)
+        self.graph.add_value(name, tensor_of(value), role=role, path=path, grad=grad, strides=tuple(value.stride()))
+        return Ref(name)
+
+    def _fresh(self, base: str) -> str:
+        name, n = base, 0
+        while name in self.names:
+            n += 1
+            name = f"{base}_{n}"
+        self.names.add(name)
+        return name
+
+    # -- ops
+
+    def _op(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            source, index = node.args
+            self.values[node] = self.values[source][index]
+            return
+        target = str(node.target)
+        if target.split(".")[1] in _ASSERTIONS:
+            return
+        where = source_of(node)
+        args = self._plain(tuple(node.args), where)
+        kwargs = {k: self._plain(v, where) for k, v in node.kwargs.items() if k not in _DROPPED and v is not None}
+        value = node.meta["val"]
+        many = isinstance(value, (tuple, list))
+        name = self._fresh(node.name)
+        outs = tuple(f"{name}.{i}" for i in range(len(value))) if many else (name,)
+        op = Op(name, target, args, kwargs, outs, where, module_of(node, MODEL))
+        grad = any(self.graph.values[n].grad for n in op.inputs) and target != "aten.detach.default"
+        self.graph.add_op(op, [tensor_of(v) for v in (value if many else (value,))], grad=grad)
+        for out, v in zip(outs, value if many else (value,), strict=True):
+            self.graph.values[out].strides = tuple(v.stride())
+        self.values[node] = tuple(map(Ref, outs)) if many else Ref(name)
+        self._note_draw(op)
+
+    def _note_draw(self, op: Op) -> None:
+        """Record a random op. Dropout's draw is described by its input's shape and strides; see `normalise.dropout`."""
+        dropout = op.target == "aten.native_dropout.default" and op.args[2] and 0 < op.args[1] < 1
+        attention = op.target == "aten.scaled_dot_product_attention.default" and len(op.args) > 4 and 0 < op.args[4] < 1
+        if not (dropout or attention) and (not is_random(op.target) or "dropout" in op.target or "attention" in op.target):
+            return
+        index = len(self.draws)
+        if dropout:
+            x = self.graph.values[op.args[0].name]
+            self.draws.append(mask_draw(index, x.tensor, x.strides, op.args[1]))
+        elif attention:
+            q, k = (self.graph.values[r.name].tensor for r in op.args[:2])
+            heads = Tensor((*q.shape[:-1], k.shape[-2]), q.dtype)
+            self.draws.append(mask_draw(index, heads, (), op.args[4]))
+        else:
+            args = map_refs((op.args, op.kwargs), lambda ref: self._stand_in(ref.name))
+            self.draws.append(Draw(index, op.target, *args))
+        if dropout or attention:
+            op.kwargs["draw"] = index
+
+    def _stand_in(self, name: str) -> torch.Tensor:
+        """A tensor argument of a draw: only its shape, strides and dtype matter to the generator."""
+        value = self.graph.values[name]
+        return torch.empty_strided(value.tensor.shape, value.strides, dtype=getattr(torch, value.tensor.dtype), device="meta")
+
+    def _plain(self, tree: Any, where: str) -> Any:
+        if isinstance(tree, fx.Node):
+            return self.values[tree]
+        if isinstance(tree, (tuple, list)):
+            return tuple(self._plain(t, where) for t in tree)
+        if isinstance(tree, torch.dtype):
+            return str(tree)
+        if tree is None or isinstance(tree, (bool, int, float, str)):
+            return tree
+        if isinstance(tree, (torch.device, torch.layout, torch.memory_format)):
+            return None
+        raise CaptureError(f"an op has the argument {tree!r} of {type(tree).__name__}, which can't be captured", where=where)
+
+    # -- roots
+
+    def _roots(self, outputs: list[str]) -> None:
+        users = []
+        results = next(iter(self.program.graph.find_nodes(op="output"))).args[0]
+        for node, spec in zip(results, self.program.graph_signature.output_specs, strict=True):
+            if spec.kind is OutputKind.USER_OUTPUT:
+                users.append(self.values[node].name)
+            elif spec.kind is OutputKind.BUFFER_MUTATION:
+                self.graph.updates[self.owners[spec.target.removeprefix(MODEL + ".")]] = self.values[node].name
+            elif spec.kind is OutputKind.USER_INPUT_MUTATION:
+                self.graph.notes.append(f"the model writes into its input {spec.target}; the caller's tensor is left unchanged")
+            else:
+                raise CaptureError(
+                    f"forward writes into {spec.kind.name.split('_')[0].lower()} {spec.target}",
+                    hint="only buffers may change during forward; register it as one",
+                )
+        self.graph.loss, *others = users
+        self.graph.outputs = dict(zip(outputs, others, strict=True))
+
+
+def mask_draw(index: int, tensor: Tensor, strides: tuple[int, ...], p: float) -> Draw:
+    """The draw that torch's dropout makes for a tensor of this shape and memory order."""
+    like = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
+    if strides:
+        like = torch.empty_strided(tensor.shape, strides, dtype=like.dtype, device="meta")
+    order = tuple(torch.empty_like(like).stride())
+    return Draw(index, "autoshard.dropout_mask.default", (tensor.shape, p, f"torch.{tensor.dtype}", index, order), {})
+
+
+def tensor_of(value: torch.Tensor) -> Tensor:
+    assert isinstance(value, torch.Tensor), value
+    assert all(isinstance(s, int) for s in value.shape), value.shape
+    return Tensor(tuple(value.shape), dtype_name(value.dtype))
+
+
+def identifier(path: str) -> str:
+    """
+    >>> identifier("model.layers.0.mlp.weight")
+    'model_layers_0_mlp_weight'
+    """
+    name = "".join(c if c.isalnum() else "_" for c in path).strip("_") or "x"
+    return f"_{name}" if name[0].isdigit() else name
