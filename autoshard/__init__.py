@@ -1,0 +1,61 @@
+"""autoshard: a plain PyTorch transformer goes in, a partitioned training program for many devices comes out.
+
+>>> sorted(__all__)[:4]
+['AutoshardError', 'BatchError', 'CaptureError', 'Cluster']
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    AutoshardError,
+    BatchError,
+    CaptureError,
+    ClusterFileError,
+    DeadlockError,
+    GraphFileError,
+    MeshError,
+    NoPlanError,
+    OptimizerError,
+    PlanFileError,
+    StalePlanError,
+    StateError,
+)
+
+if TYPE_CHECKING:
+    from .api import parallelize
+    from .plan.cluster import Cluster
+    from .plan.plan import Plan
+
+__all__ = [
+    "AutoshardError",
+    "BatchError",
+    "CaptureError",
+    "Cluster",
+    "ClusterFileError",
+    "DeadlockError",
+    "GraphFileError",
+    "MeshError",
+    "NoPlanError",
+    "OptimizerError",
+    "Plan",
+    "PlanFileError",
+    "StalePlanError",
+    "StateError",
+    "parallelize",
+]
+
+_LATER = {"parallelize": ".api", "Cluster": ".plan.cluster", "Plan": ".plan.plan"}
+"""Names that are imported when first asked for: `import autoshard` alone imports no torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'autoshard' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

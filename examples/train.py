@@ -29,10 +29,10 @@ COMPARED = 50
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=32, help="sequences in the global batch")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=16, help="sequences in the global batch")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--warmup", type=int, default=50, help="steps over which the learning rate rises")
+    parser.add_argument("--warmup", type=int, default=60, help="steps over which the learning rate rises")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="one process, without autoshard")
     return parser.parse_args()

@@ -33,7 +33,7 @@ def compile(captured: Captured, plan: Plan, *, ranks: Sequence[int] | None = Non
     programs: list[Any] = [None] * plan.mesh.ranks
     for rank in wanted:
         programs[rank] = builder.rank(rank)
-    return Program(plan, split.graph, plan.mesh, dict(captured.constants), programs)
+    return Program(plan, split.graph, plan.mesh, dict(captured.constants), programs, captured)
 
 
 @dataclass

@@ -136,20 +136,37 @@ class _Pair(torch.autograd.Function):
         return ctx.transition(g), None, None
 
 
+Index = torch.Tensor | None
+
+
 def move(
-    x: torch.Tensor, a: Type, b: Type, spot: Spot, grad: bool, index: torch.Tensor | None = None, first: torch.Tensor | None = None
+    x: torch.Tensor, a: Type, b: Type, spot: Spot, grad: bool, source: Index = None, target: Index = None, first: Index = None
 ) -> torch.Tensor:
-    """One axis from a to b. `index`: this rank's positions within the whole dim, for slices; `first`: 1 on coordinate 0, else 0."""
-    forward = _step(a, b, spot, index, first, whole=None)
+    """One axis from a to b. `source`, `target`: where this rank's part under a's and b's cut lies in the whole dim, where a step
+    needs it (`indices`); `first`: 1 on coordinate 0, else 0. They are inputs, so that one traced module serves every rank."""
+    forward = _step(a, b, spot, source, target, first)
     if not grad:
         return forward(x)
     flipped = Spot(spot.axis, spot.parts, spot.coord, spot.target, spot.source)
-    return _Pair.apply(x, forward, _step(gradient(b), gradient(a), flipped, index, first, whole=x.shape))
+    return _Pair.apply(x, forward, _step(gradient(b), gradient(a), flipped, target, source, first))
 
 
-def _step(
-    a: Type, b: Type, spot: Spot, index: torch.Tensor | None, first: torch.Tensor | None, whole: torch.Size | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def indices(a: Type, b: Type, grad: bool) -> tuple[bool, bool, bool]:
+    """Which of `source`, `target` and `first` a move and its gradient need."""
+
+    def of(a: Type, b: Type) -> tuple[bool, bool, bool]:
+        kind = transition(a, b)
+        same = kind == "all_to_all" and a.dim == b.dim
+        return kind == "embed", kind == "slice" or same, kind == "mask"
+
+    need = of(a, b)
+    if grad:
+        source, target, first = of(gradient(b), gradient(a))
+        need = (need[0] or target, need[1] or source, need[2] or first)
+    return need
+
+
+def _step(a: Type, b: Type, spot: Spot, source: Index, target: Index, first: Index) -> Callable[[torch.Tensor], torch.Tensor]:
     kind = transition(a, b)
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -163,17 +180,16 @@ def _step(
             return reduce_scatter(x, b.dim, spot.target, spot)
         if kind == "all_to_all" and a.dim != b.dim:
             return all_to_all(x, a.dim, b.dim, spot.source, spot.target, spot)
-        if kind == "all_to_all":
-            return divide(all_gather(x, a.dim, spot.source, spot), b.dim, spot.target)[spot.coord]
         if kind == "mask":
             assert first is not None
             return x * first.to(x.dtype)
-        assert index is not None
-        if kind == "slice":
-            return x.index_select(b.dim, index)
-        n = sum(o * sum(sizes) * i for o, sizes, i in spot.source)
-        shape = [*x.shape[: a.dim], n, *x.shape[a.dim + 1 :]]
-        return x.new_zeros(shape).index_copy(a.dim, index, x)
+        if kind == "embed":
+            assert source is not None
+            n = sum(o * sum(sizes) * i for o, sizes, i in spot.source)
+            return x.new_zeros([*x.shape[: a.dim], n, *x.shape[a.dim + 1 :]]).index_copy(a.dim, source, x)
+        assert target is not None
+        whole = all_gather(x, a.dim, spot.source, spot) if kind == "all_to_all" else x
+        return whole.index_select(b.dim, target)
 
     return run
 

@@ -59,6 +59,10 @@ def _split(
     joint: fx.GraphModule, inputs: int, outputs: int, grad_outputs: tuple[int, ...], reached: list[int], is_param: list[bool], key: str
 ) -> Module:
     joint.graph.eliminate_dead_code()
+    for node in joint.graph.nodes:
+        # fakes are contiguous where what arrives at run time may not be
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
     nodes = list(joint.graph.nodes)
     holders = [n for n in nodes if n.op == "placeholder"]
     primals, tangents = holders[:inputs], holders[inputs:]

@@ -21,7 +21,7 @@ from ..trace.graph import Graph, Op, Ref, Tensor, map_refs
 from ..trace.interpret import call
 from ..trace.ops.local import localize
 from . import bodies
-from .collectives import Local, Spot, local_cut, move
+from .collectives import Local, Spot, indices, local_cut, move
 from .program import RankInput
 
 Fn = Callable[..., Any]
@@ -197,30 +197,18 @@ class _Builder:
         sides = [self._local_cut(tensor, t, axis, layout) if t.kind == "S" else () for t in (a, b)]
         spot = Spot(AXES[axis], part.sizes[axis], part.coords[axis], *sides)
         ins = [source]
-        kinds = {(a.kind == "S"), (b.kind == "S")}
-        index = first = None
-        if kinds == {True, False} and self._needs_index(a, b, grad):
-            index = self.rank_input(RankInput("index", cuts=((AXES[axis], ()),), draw=sides[0] or sides[1]))
-        if "P" in (b.kind,) and a.kind in "IR" or (grad and a.kind in "RP" and b.kind == "I" and a.kind == "R") or (grad and (a.kind, b.kind) == ("R", "P")):
-            first = self.rank_input(RankInput("first", cuts=((AXES[axis], ()),)))
-        ins += [n for n in (index, first) if n]
+        needed = indices(a, b, grad)
+        specs = [RankInput("index", cuts=((AXES[axis], ()),), draw=side) for side in sides] + [RankInput("first", cuts=((AXES[axis], ()),))]
+        ins += [self.rank_input(spec) for spec, need in zip(specs, needed, strict=True) if need]
 
         def fn(x: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
-            given = list(extra)
-            i = given.pop(0) if index else None
-            f = given.pop(0) if first else None
-            return move(x, a, b, spot, grad and x.is_floating_point(), i, f)
+            given = iter(extra)
+            return move(x, a, b, spot, grad and x.is_floating_point(), *(next(given) if need else None for need in needed))
 
         uneven = any(len(set(sizes)) > 1 for side in sides for _, sizes, _ in side)
         text = f"move {a}->{b} {spot.axis} {sides} {grad} {spot.coord if uneven else ''}"
         self.known.add(target)
         self.routine.steps.append(Step(fn, tuple(ins), (target,), text))
-
-    @staticmethod
-    def _needs_index(a: Type, b: Type, grad: bool) -> bool:
-        slices = b.kind == "S" and a.kind in "RI"
-        embeds = a.kind == "S" and b.kind == "P"
-        return slices or embeds or (grad and a.kind == "S" and b.kind == "I")
 
     def _local_cut(self, tensor: Tensor, t: Type, axis: int, layout: Layout) -> Local:
         n = tensor.shape[t.dim]

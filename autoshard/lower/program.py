@@ -26,6 +26,7 @@ from ..trace.graph import Graph, Tensor
 
 if TYPE_CHECKING:
     from ..plan.plan import Plan
+    from ..trace.capture import Captured
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ class Program:
     mesh: Mesh
     constants: dict[str, torch.Tensor]
     ranks: list[RankProgram]
+    captured: Captured | None = None
+    """What the program was made from: it knows how a call's arguments become graph inputs."""
 
     @property
     def microbatches(self) -> int:

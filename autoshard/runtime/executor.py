@@ -12,7 +12,7 @@ gradients of parameters as used are summed over consumers and microbatches, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,15 +39,14 @@ class State:
     rank: int
     params: dict[str, nn.Parameter]
     buffers: dict[str, Tensor]
-    constants: dict[str, Tensor]
 
 
 class Executor:
     """One rank's program, with what can be worked out before the first step."""
 
-    def __init__(self, program: Program, rank: RankProgram, device: torch.device, run: Run) -> None:
-        self.program, self.rank, self.run = program, rank, run
-        self.device = device
+    def __init__(self, program: Program, rank: RankProgram, device: torch.device, run: Run, constants: Mapping[str, Tensor]) -> None:
+        self.program, self.rank, self.run, self.device = program, rank, run, device
+        self.constants = {name: constants[name] for name in rank.constants}
         self.reader = Reader(program, rank, device)
         self.calls = [call for call in (rank.data, *rank.blocks) if call is not None]
         self.used = frozenset(rank.gather.outputs if rank.gather else ()) | {f"param:{path}" for path in rank.params}
@@ -102,7 +101,7 @@ class Step:
         self.pending = Counter(a.mb for a in actions if a.kind == "SF")
         self.env |= {f"param:{path}": p.detach() for path, p in self.state.params.items()}
         self.env |= {f"buffer:{path}": b for path, b in self.state.buffers.items()}
-        self.env |= {name: self.state.constants[name] for name in rank.constants}
+        self.env |= self.x.constants
         self.env.update(self.x.reader.read(self.inputs, None))
         for action in actions:
             self.at = str(action)

@@ -20,8 +20,8 @@ from ..lower.program import Program, Slot
 from ..mesh import Mesh
 from .coroutine import Coroutine, coroutine
 from .executor import Step
-from .module import Trainable, Weights
 from .requests import Meet, Receive, Request, Send
+from .trainable import Trainable, Weights
 
 # ---- collectives on lists: tensors of a group's ranks in order → their results --------------------------------------
 
@@ -193,7 +193,8 @@ class InProcess(Trainable):
         return self.graphs[graph](*args)
 
     def _play(self, steps: list[Step]) -> list[Tensor]:
-        return Player(self.program.mesh, [step.run() for step in steps], lambda rank: steps[rank].at).play()
+        mesh = steps[0].x.program.mesh
+        return Player(mesh, [step.run() for step in steps], lambda rank: steps[rank].at).play()
 
     def _reduce(self, tensor: Tensor, op: str) -> Tensor:
         return tensor

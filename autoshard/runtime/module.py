@@ -1,291 +1,167 @@
-"""What `parallelize` returns: an object that trains like a module and a trainer both.
+"""What `parallelize` returns: one rank of a program, that trains like a module and a trainer both.
 
-`Trainable` is all that both players share: steps, whole gradients and state dicts, clipping, optimizers. It works on the
-`State` of the ranks that live in this process: one in `Sharded` (a process per rank), all in `in_process.InProcess`.
+In: a program (or a `Source` that makes one for a batch), the model, the ranks that talk. Graphs are bound to process groups once
+each, compiled on CUDA, and called directly; everything else is `trainable.Trainable`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from ..errors import BatchError, CaptureError, StateError
-from ..lower.program import Program, RankProgram, Slot
-from .executor import Executor, State, Step
-from .inputs import StepInputs, draw_masks, torch_dtype
-from .optimizer import ShardedOptimizer
+from ..errors import CaptureError
+from ..lower.program import Program, Slot, bind
+from .comm import Comm
+from .executor import Step
+from .inputs import torch_dtype
 from .requests import Request
+from .trainable import Loaded, Trainable, Weights
 
 if TYPE_CHECKING:
-    from ..plan.plan import Plan
     from ..trace.captured import Captured
 
-Weights = Mapping[str, Tensor]
+log = logging.getLogger("autoshard")
+Key = tuple[Any, ...]
 
 
-class Trainable(ABC):
-    """A program with its weights. The subclass says how graphs run and how ranks talk."""
+class Source(Protocol):
+    """Makes a program for a batch, on all ranks at once. `like`: a program whose weights must stay where they are."""
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, like: Program | None
+    ) -> tuple[Program, Captured]: ...
+
+
+class Sharded(Trainable):
+    """One rank. Without a program it begins at the first batch, with what `source` makes for it."""
 
     def __init__(
         self,
-        program: Program,
+        program: Program | None,
         weights: nn.Module | Weights,
         captured: Captured | None = None,
         *,
-        ranks: Iterable[int],
-        device: torch.device,
-        evaluation: Program | None = None,
+        comm: Comm | None = None,
+        device: torch.device | None = None,
+        compile: bool | None = None,
+        source: Source | None = None,
     ) -> None:
-        self.program, self.captured, self.device = program, captured, device
-        self.seed, self.steps_taken = 0, 0
-        self.optimizers: list[ShardedOptimizer] = []
-        values, whole = program.graph.sources("param", "buffer"), _whole_weights(weights)
-        self.owner = {v.path: v.path for v in values} | program.graph.tied
-        """Every name of a parameter or buffer in the graph → the name that it is stored under."""
-        persistent = set(weights.state_dict()) if isinstance(weights, nn.Module) else set(whole) | set(self.owner)
-        self.names = [name for name in (*whole, *self.owner) if name in persistent]
-        self.names = list(dict.fromkeys(self.names))
-        self.unused = {name: t.detach().clone() for name, t in whole.items() if name not in self.owner}
-        """What the model holds and the graph never reads."""
-        constants = {name: t.to(device) for name, t in program.constants.items()}
-        self.states = [self._state(program.ranks[r], whole, constants) for r in ranks]
-        self.executors = [Executor(program, program.ranks[s.rank], device, self._run) for s in self.states]
-        self.evaluators = None if evaluation is None else self._evaluators(evaluation)
+        self.comm = comm or Comm(device or torch.device("cpu"))
+        self.compile = self.comm.device.type == "cuda" if compile is None else compile
+        self.bound: dict[fx.GraphModule, Callable[..., Any]] = {}
+        self.known: dict[Key, Loaded] = {}
+        self.groups: dict[str, str] = {}
+        self.source, self.weights = source, weights
+        if program is not None:
+            self.begin(program, captured)
 
-    def _state(self, rank: RankProgram, whole: Weights, constants: dict[str, Tensor]) -> State:
-        def shard(slot: Slot) -> Tensor:
-            if slot.path not in whole:
-                raise StateError(f"no weights for {slot.path}", hint="give the model, or all of its tensors by name")
-            t = whole[slot.path].detach()
-            if tuple(t.shape) != slot.tensor.shape or t.dtype != torch_dtype(slot.tensor.dtype):
-                raise StateError(f"{slot.path} is {t.dtype} {tuple(t.shape)}, but the program stores {slot.tensor}")
-            return slot.take(t).to(self.device, copy=True)
+    def begin(self, program: Program, captured: Captured | None) -> None:
+        """Take the weights (rank 0's, so that all ranks start alike) and keep this rank's shards."""
+        self.groups = self.comm.prepare(program)
+        self._agree_on_weights()
+        super().__init__(program, self.weights, captured, ranks=[self.comm.rank], device=self.comm.device)
+        self.weights = {}
 
-        params = {path: nn.Parameter(shard(slot), requires_grad=slot.trainable) for path, slot in rank.params.items()}
-        return State(rank.rank, params, {path: shard(slot) for path, slot in rank.buffers.items()}, constants)
-
-    def _evaluators(self, program: Program) -> list[Executor]:
-        for mine, theirs in zip(self.program.ranks, program.ranks, strict=True):
-            if mine.params != theirs.params or mine.buffers != theirs.buffers:
-                raise StateError("the evaluation program stores parameters in another layout", hint="lower it with the same storage pins")
-        constants = {name: t.to(self.device) for name, t in program.constants.items()}
-        for state in self.states:
-            state.constants = {**state.constants, **constants}
-        return [Executor(program, program.ranks[s.rank], self.device, self._run) for s in self.states]
-
-    # ---- what a player provides -------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _run(self, graph: fx.GraphModule, args: Sequence[Tensor]) -> Generator[Request, Any, tuple[Any, ...]]:
-        """Run one graph."""
-
-    @abstractmethod
-    def _play(self, steps: list[Step]) -> list[Tensor]:
-        """Run the steps of the ranks that live here; their losses."""
-
-    @abstractmethod
-    def _reduce(self, tensor: Tensor, op: str) -> Tensor:
-        """Combine ("sum", "max") what each process has reduced over its own ranks."""
-
-    @abstractmethod
-    def _fetch(self, rank: int, shard: Tensor | None, slot: Slot) -> Tensor:
-        """A rank's shard, in every process (given where the rank lives)."""
-
-    # ---- steps ------------------------------------------------------------------------------------------------------
-
-    @property
-    def plan(self) -> Plan:
-        return self.program.plan
-
-    def manual_seed(self, seed: int) -> None:
-        """Start the stream of dropout seeds anew: the next step uses `seed`, the one after `seed + 1`."""
-        self.seed, self.steps_taken = seed, 0
-
-    def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of a global batch. The loss, the same on all ranks; gradients are added to `.grad` of the shards."""
-        batch = self._flatten(args, kwargs)
-        masks = draw_masks(self.program.ranks, self.captured.draws if self.captured else ())
-        inputs = StepInputs(batch, self.seed + self.steps_taken, masks)
-        self.steps_taken += 1
-        return self._losses([Step(x, s, inputs) for x, s in zip(self.executors, self.states, strict=True)])
-
-    def eval_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of a global batch in eval mode, without gradients and without buffer updates."""
-        executors = self.evaluators
-        if executors is None:
-            self._check_evaluable()
-            executors = self.executors
-        inputs = StepInputs(self._flatten(args, kwargs))
-        return self._losses([Step(x, s, inputs, train=False) for x, s in zip(executors, self.states, strict=True)])
-
-    def _losses(self, steps: list[Step]) -> Tensor:
-        with torch.no_grad():
-            return self._play(steps)[0]
-
-    def _check_evaluable(self) -> None:
-        """The training graph serves evaluation unless it says something that eval mode doesn't."""
-        seeded = any(r.kind == "seed" for rank in self.program.ranks for r in rank.rank_inputs.values())
-        if seeded or self.program.graph.updates:
-            what = "dropout" if seeded else f"updates of {next(iter(self.program.graph.updates))}"
+    def __getattr__(self, name: str) -> Any:
+        # only what __init__ has not set comes here
+        if name in ("program", "states", "training", "holders", "names", "optimizers"):
             raise CaptureError(
-                f"the model was captured in training mode and holds {what}, so it can't be evaluated by the same program",
-                hint="capture and lower the model a second time in eval mode, with the same plan, and pass the program as evaluation=",
+                "nothing is captured yet", hint="give parallelize an example batch (args=, kwargs=), or run a train_step first"
             )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def _flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        if self.captured is not None:
-            return self.captured.flatten(args, kwargs)
-        given = {f"args.{i}": a for i, a in enumerate(args)} | {f"kwargs.{k}": v for k, v in kwargs.items()}
-        inputs = {v.path or f"kwargs.{v.name}": v.name for v in self.program.graph.sources("input")}
-        if set(given) != set(inputs):
-            raise BatchError(f"the arguments are {sorted(given)}, expected {sorted(inputs)}")
-        return {inputs[path]: tensor for path, tensor in given.items()}
+    def _agree_on_weights(self) -> None:
+        tensors = self.weights.state_dict(keep_vars=True) if isinstance(self.weights, nn.Module) else self.weights
+        if self.comm.alone:
+            return
+        with torch.no_grad():
+            for name in sorted(tensors):
+                tensor = tensors[name]
+                if isinstance(tensor, Tensor) and tensor.numel() and not tensor.is_meta:
+                    first = self.comm.broadcast(tensor.detach().to(self.comm.device, copy=True), 0)
+                    tensor.detach().copy_(first)
 
-    # ---- whole tensors ----------------------------------------------------------------------------------------------
+    # ---- programs for batches ---------------------------------------------------------------------------------------
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients by the model's names (a collective call). Parameters that no rank has a gradient for are left out."""
-        paths = [v.path for v in self.program.graph.sources("param") if v.path in self._holders("params")]
-        has = torch.zeros(len(paths), dtype=torch.int32, device=self.device)
-        for state in self.states:
-            for i, path in enumerate(paths):
-                if path in state.params and state.params[path].grad is not None:
-                    has[i] = 1
-        present = self._reduce(has, "max").tolist()
+    def _for_training(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loaded:
+        if self.source is None:
+            return self.training
+        key = ("train", *_key(args, kwargs))
+        if key not in self.known:
+            if "training" not in self.__dict__:
+                self.begin(*self.source(args, kwargs, training=True, like=None))
+                self.known[key] = self.training
+            elif _fits(self.training, args, kwargs):
+                self.known[key] = self.training
+            else:
+                self.known[key] = self._another(args, kwargs, training=True)
+        return self.known[key]
 
-        def shard(state: State, path: str) -> Tensor:
-            param = state.params[path]
-            return torch.zeros_like(param) if param.grad is None else param.grad
+    def _for_evaluation(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loaded:
+        if self.source is None:
+            return super()._for_evaluation(args, kwargs)
+        key = ("eval", *_key(args, kwargs))
+        if key not in self.known:
+            self.known[key] = self._another(args, kwargs, training=False)
+        return self.known[key]
 
-        return {path: self._assemble("params", path, shard) for path, there in zip(paths, present, strict=True) if there}
+    def _another(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Loaded:
+        assert self.source is not None
+        what = "a new input shape" if training else "eval mode"
+        log.info("%s: capturing and lowering again (%d programs so far)", what, len(self.known) + 1)
+        program, captured = self.source(args, kwargs, training=training, like=self.program)
+        self.groups = self.comm.prepare(program)
+        return self.comm.together(lambda: self._load(program, captured))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers under the model's own names, tied ones under each (a collective call)."""
-        whole: dict[str, Tensor] = {}
-        for path in self._holders("params"):
-            whole[path] = self._assemble("params", path, lambda state, path: state.params[path].detach())
-        for path in self._holders("buffers"):
-            whole[path] = self._assemble("buffers", path, lambda state, path: state.buffers[path])
-        whole |= {name: whole[owner] for name, owner in self.owner.items() if owner in whole}
-        return {name: whole[name] if name in whole else self.unused[name] for name in self.names if name in whole or name in self.unused}
+    # ---- how this rank runs and talks -------------------------------------------------------------------------------
 
-    def load_state_dict(self, state: Weights) -> None:
-        """Take whole tensors under the model's own names (one of several tied names is enough). Raises StateError."""
-        given = {self.owner.get(name, name): t for name, t in state.items()}
-        unknown = [name for name in given if name not in self.owner and name not in self.unused]
-        missing = [name for name in self.names if self.owner.get(name, name) not in given]
-        if unknown or missing:
-            raise StateError(f"the state dict doesn't fit: missing {missing[:5]}, unexpected {unknown[:5]}")
-        for mine in self.states:
-            rank = self.program.ranks[mine.rank]
-            for slots, shards in ((rank.params, mine.params), (rank.buffers, mine.buffers)):
-                for path in slots.keys() & given.keys():
-                    _load(slots[path], shards[path], given[path])
-        for name in self.unused.keys() & given.keys():
-            self.unused[name].copy_(given[name])
-        for optimizer in self.optimizers:
-            optimizer.reload_masters()
+    def _run(self, graph: fx.GraphModule, args: Sequence[Tensor]) -> Generator[Request, Any, tuple[Any, ...]]:
+        call = self.bound.get(graph)
+        if call is None:
+            call = bind(graph, self.groups, self.comm.device).forward
+            # the method, not the module: its code object is its own, so that graphs don't share dynamo's cache
+            self.bound[graph] = call = torch.compile(call, fullgraph=True, dynamic=False) if self.compile else call
+        results = call(*args)
+        return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+        yield
 
-    def _holders(self, kind: str) -> dict[str, list[int]]:
-        """Path → the ranks whose shards together are the whole, one of each set of replicas (tied and replicated ranks count once)."""
-        found: dict[str, dict[tuple[Any, ...], int]] = {}
-        for rank in self.program.ranks:
-            slots: dict[str, Slot] = getattr(rank, kind)
-            for path, slot in slots.items():
-                cut = tuple(c for t, c in zip(slot.layout, slot.coords, strict=True) if t.kind == "S")
-                found.setdefault(path, {}).setdefault(cut, rank.rank)
-        return {path: list(parts.values()) for path, parts in found.items()}
+    def _play(self, steps: list[Step]) -> list[Tensor]:
+        (step,) = steps
+        generator, answer = step.run(), None
+        while True:
+            try:
+                request = generator.send(answer)
+            except StopIteration as stop:
+                self.comm.land()
+                return [stop.value]
+            answer = self.comm.answer(request)
 
-    def _assemble(self, kind: str, path: str, shard: Callable[[State, str], Tensor]) -> Tensor:
-        local = {state.rank: state for state in self.states}
-        whole: Tensor | None = None
-        for rank in self._holders(kind)[path]:
-            slot: Slot = getattr(self.program.ranks[rank], kind)[path]
-            part = self._fetch(rank, shard(local[rank], path) if rank in local else None, slot)
-            if whole is None:
-                whole = torch.empty(slot.tensor.shape, dtype=part.dtype, device=part.device)
-            _put(whole, part, slot)
-        assert whole is not None
-        return whole
+    def _reduce(self, tensor: Tensor, op: str) -> Tensor:
+        return self.comm.all_reduce(tensor, op)
 
-    # ---- parameters -------------------------------------------------------------------------------------------------
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The local shards (in one process: those of all ranks, with the rank before the name)."""
-        for state in self.states:
-            for path, param in state.params.items():
-                yield (path if len(self.states) == 1 else f"{state.rank}:{path}"), param
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return (param for _, param in self.named_parameters())
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for param in self.parameters():
-            if set_to_none:
-                param.grad = None
-            elif param.grad is not None:
-                param.grad.zero_()
-
-    def optimizer(
-        self, cls: type[torch.optim.Optimizer], groups: Sequence[tuple[str, dict[str, Any]]] = (), **options: Any
-    ) -> ShardedOptimizer:
-        """An optimizer on the shards. `groups`: (name pattern, options), the first that matches a parameter's name decides."""
-        named = [(name, param) for name, param in self.named_parameters() if param.requires_grad]
-        made = ShardedOptimizer(cls, named, groups, [p for p, o in self.owner.items() if p == o], **options)
-        self.optimizers.append(made)
-        return made
-
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """As torch.nn.utils.clip_grad_norm_ on the whole model (a collective call). The total norm before clipping."""
-        norm_type = float(norm_type)
-        if norm_type <= 0:
-            raise ValueError(f"norm_type is {norm_type}; expected a positive number, or inf")
-        highest = norm_type == float("inf")
-        holders = self._holders("params")
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for state in self.states:
-            for path, param in state.params.items():
-                if param.grad is None or state.rank not in holders[path] or not param.numel():
-                    continue
-                norm = torch.linalg.vector_norm(param.grad, norm_type, dtype=None if param.dtype == torch.float64 else torch.float32)
-                total = torch.maximum(total, norm) if highest else total + norm**norm_type
-        if any(v.tensor.dtype == "float64" for v in self.program.graph.sources("param")):
-            total = total.double()
-        total = self._reduce(total, "max" if highest else "sum")
-        total = total if highest else total ** (1.0 / norm_type)
-        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        grads = [param.grad for param in self.parameters() if param.grad is not None]
-        if grads:
-            torch._foreach_mul_(grads, scale)
-        return total
+    def _fetch(self, rank: int, shard: Tensor | None, slot: Slot) -> Tensor:
+        if shard is None:
+            local = [n if held is None else len(held) for n, held in zip(slot.tensor.shape, slot.positions(), strict=True)]
+            shard = torch.empty(local, dtype=torch_dtype(slot.tensor.dtype), device=self.comm.device)
+        return self.comm.broadcast(shard, rank) if shard.numel() else shard
 
 
-def _whole_weights(weights: nn.Module | Weights) -> dict[str, Tensor]:
-    """Whole tensors by every name, buffers that aren't saved included."""
-    if not isinstance(weights, nn.Module):
-        return dict(weights)
-    named = (*weights.named_parameters(remove_duplicate=False), *weights.named_buffers(remove_duplicate=False))
-    return {**{k: v for k, v in weights.state_dict().items() if isinstance(v, Tensor)}, **dict(named)}
+def _key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Key:
+    """What a captured graph depends on: the structure of a call, its tensors' shapes and dtypes, its other arguments."""
+    leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    facts = ((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf)) for leaf in leaves)
+    return (str(tree), *facts)
 
 
-def _load(slot: Slot, shard: Tensor, whole: Tensor) -> None:
-    if tuple(whole.shape) != slot.tensor.shape:
-        raise StateError(f"{slot.path} has the shape {tuple(whole.shape)}, expected {slot.tensor.shape}")
-    with torch.no_grad():
-        shard.copy_(slot.take(whole.detach()))
-
-
-def _put(whole: Tensor, part: Tensor, slot: Slot) -> None:
-    """Write a shard into the whole."""
-    index = [
-        torch.arange(n, device=whole.device) if held is None else torch.from_numpy(held).to(whole.device)
-        for n, held in zip(slot.tensor.shape, slot.positions(), strict=True)
-    ]
-    if not index or all(held is None for held in slot.positions()):
-        whole.copy_(part)
-    else:
-        whole[torch.meshgrid(*index, indexing="ij")] = part
+def _fits(loaded: Loaded, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is the one that was captured."""
+    try:
+        loaded.flatten(args, kwargs)
+    except ValueError:
+        return False
+    return True

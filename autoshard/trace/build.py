@@ -42,6 +42,7 @@ class Builder:
         self.at: Op | None = None
         self._meta: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._by_content = {_content(tensor): name for name, tensor in self.constants.items()}
         for value in old.graph.sources("param", "buffer", "constant", "input"):
             self.graph.values[value.name] = dataclasses.replace(value)
 
@@ -103,14 +104,14 @@ class Builder:
 
     def constant(self, tensor: torch.Tensor, name: str = "constant") -> Ref:
         """A constant value with these contents; equal contents share one value."""
-        for known, other in self.constants.items():
-            if other.dtype == tensor.dtype and other.shape == tensor.shape and _same_bits(other, tensor):
-                if known not in self.graph.values:
-                    self._add_constant(known, other)
-                return Ref(known)
-        name = self.fresh(name)
-        self.constants[name] = tensor
-        self._add_constant(name, tensor)
+        key = _content(tensor)
+        if key not in self._by_content:
+            name = self.fresh(name)
+            self.constants[name] = tensor
+            self._by_content[key] = name
+        name = self._by_content[key]
+        if name not in self.graph.values:
+            self._add_constant(name, self.constants[name])
         return Ref(name)
 
     def _add_constant(self, name: str, tensor: torch.Tensor) -> None:
@@ -252,5 +253,6 @@ def known_size(shape: Sequence[int], numel: int) -> tuple[int, ...]:
     return tuple(numel // max(rest, 1) if s == -1 else s for s in shape)
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+def _content(tensor: torch.Tensor) -> tuple[Any, ...]:
+    flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)  # a stride of 0 can't be viewed as bytes
+    return dtype_name(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()

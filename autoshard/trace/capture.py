@@ -51,15 +51,15 @@ def capture(
     """
     check_model(model)
     check_autocast()
-    found, tree = pytree.tree_flatten_with_path((tuple(args), dict(sorted((kwargs or {}).items()))))
+    found, tree = pytree.tree_flatten_with_path((tuple(args), dict(kwargs or {})))
     paths, leaves = [path_text(path) for path, _ in found], [leaf for _, leaf in found]
     names = _input_names(paths, leaves)
     dims = _batch_dims(paths, leaves, dict(batch_dims or {}))
-    program, outputs, opaque = export_step(model, leaves, tree, loss)
+    exported = export_step(model, leaves, tree, loss)
     owners, tied = _owners(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     inputs = [(n, p, d) for n, p, d in zip(names, paths, dims, strict=True) if n is not None]
-    captured = Reader(program, owners, trainable).read(inputs, outputs, opaque)
+    captured = Reader(exported.program, owners, trainable, exported.draws).read(inputs, exported.outputs, exported.opaque)
     captured.graph.tied = tied
     plain = tuple(None if n is not None else leaf for n, leaf in zip(names, leaves, strict=True))
     captured.spec = InputSpec(tree, tuple(paths), tuple(names), plain)

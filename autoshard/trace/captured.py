@@ -20,12 +20,16 @@ from .interpret import call
 
 @dataclass(frozen=True)
 class Draw:
-    """One random op of the plain model, in execution order. `value`: the graph value that holds its result, if it is alive there."""
+    """One random op of the plain model, in execution order: dropout as the mask that it draws, any other as it was called.
+
+    A tensor among the arguments is a meta tensor that stands for one of its shape.
+    """
 
     index: int
     target: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Captured:
     def flatten(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         """The tensors of a call by input value name. Raises BatchError where it differs from the captured call."""
         assert self.spec is not None
-        found, tree = pytree.tree_flatten_with_path((tuple(args), dict(sorted((kwargs or {}).items()))))
+        found, tree = pytree.tree_flatten_with_path((tuple(args), dict(kwargs or {})))
         by_path = {path_text(path): leaf for path, leaf in found}
         missing, extra = set(self.spec.paths) - set(by_path), set(by_path) - set(self.spec.paths)
         if missing or extra:
@@ -101,7 +105,8 @@ class Captured:
     def _skip_draws(self, start: int, end: int, device: torch.device | str) -> int:
         """Make the draws before `end` whose results nobody uses, as the plain model does. Returns the next one's index."""
         for draw in self.draws[start:end]:
-            call(draw.target, draw.args, draw.kwargs, device)
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), (draw.args, draw.kwargs))
+            call(draw.target, args, kwargs, device)
         return end + 1
 
 

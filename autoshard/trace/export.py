@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError
 from . import primitives
+from .captured import Draw
+from .draws import number_draws
 from .provenance import source_here, source_of_error
 from .regions import fold_dynamic, inline_regions
 
@@ -81,10 +84,20 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
     return {k: v for k, v in keys.items() if isinstance(v, Tensor)}
 
 
+@dataclass(frozen=True)
+class Exported:
+    """The program, the names of its outputs besides the loss, the opaque callables by key, and the random draws in order."""
+
+    program: torch.export.ExportedProgram
+    outputs: list[str]
+    opaque: dict[str, Callable[..., Any]]
+    draws: list[Draw]
+
+
 def export_step(
     model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Callable[[Any], Tensor] | None
-) -> tuple[torch.export.ExportedProgram, list[str], dict[str, Callable[..., Any]]]:
-    """Export, inline, functionalise, fold. Returns the program, the names of its further outputs, and the opaque callables by key."""
+) -> Exported:
+    """Export, inline, functionalise, fold."""
     names: list[str] = []
     opaque: dict[str, Callable[..., Any]] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
@@ -105,9 +118,10 @@ def export_step(
                 f"the model can't be traced: {_first_line(error)}", where=source_of_error(error), hint=_advice(error)
             ) from error
         inline_regions(program.graph_module)
+        draws = number_draws(program.graph)
         program = program.run_decompositions(_composites())
         fold_dynamic(program.graph_module, opaque)
-    return program, names, opaque
+    return Exported(program, names, opaque, draws)
 
 
 def _first_line(error: BaseException) -> str:
@@ -169,11 +183,17 @@ def _whole_functions(opaque: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """While active, a custom autograd Function is traced as one opaque op, with its own backward."""
     # Function.apply ends in super().apply, which this shadows; so references to a bound `F.apply` made earlier are caught too
     base = torch.autograd.function._SingleLevelFunction
+    aside: list[type] = []  # Functions that run now only to learn what they return
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.split(".")[0] == "torch" or not any(isinstance(a, Tensor) for a in args):
+        if aside or cls.__module__.split(".")[0] == "torch" or not any(isinstance(a, Tensor) for a in args):
             return super(base, cls).apply(*args, **kwargs)  # type: ignore[misc]
-        return _trace_function(cls, lambda *a: super(base, cls).apply(*a), args, opaque)  # type: ignore[misc]
+        aside.append(cls)
+        try:
+            key, tensors, rebuild = _describe_function(cls, args, opaque)
+        finally:
+            aside.pop()
+        return rebuild(torch.ops.autoshard.opaque(key, tensors))
 
     base.apply = classmethod(apply)  # type: ignore[assignment]
     try:
@@ -182,39 +202,47 @@ def _whole_functions(opaque: dict[str, Callable[..., Any]]) -> Iterator[None]:
         del base.apply
 
 
-def _trace_function(cls: type, apply: Callable[..., Any], args: tuple[Any, ...], opaque: dict[str, Callable[..., Any]]) -> Any:
+def _describe_function(
+    cls: type, args: tuple[Any, ...], opaque: dict[str, Callable[..., Any]]
+) -> tuple[str, list[Tensor], Callable[[list[Tensor]], Any]]:
+    """Register the call. Returns its key, its tensor arguments, and how to make the Function's own result of the opaque op's."""
     at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     plain = [None if isinstance(a, Tensor) else a for a in args]
-    structure: list[Any] = []
 
-    def fn(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def whole(*tensors: Tensor) -> Any:
         given: list[Any] = list(plain)
         for i, t in zip(at, tensors, strict=True):
             given[i] = t
-        out = cls.apply(*given)  # type: ignore[attr-defined]
-        flat = out if isinstance(out, tuple) else (out,)
-        structure[:] = [out if not isinstance(out, tuple) else None, *flat]
-        return tuple(t for t in flat if isinstance(t, Tensor))
+        return cls.apply(*given)  # type: ignore[attr-defined]
+
+    def fn(*tensors: Tensor) -> tuple[Tensor, ...]:
+        out = whole(*tensors)
+        return tuple(t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
 
     tensors = [args[i] for i in at]
-    outs = _outputs_of(cls, fn, tensors)
-    single, *flat = structure
+    result = _run_aside(cls, whole, tensors)
+    flat = result if isinstance(result, tuple) else (result,)
+    outs = [t for t in flat if isinstance(t, Tensor)]
     specs = "".join(f"{tuple(t.shape)}{t.dtype}" for t in (*tensors, *outs))
     text = f"{cls.__module__}.{cls.__qualname__}{plain!r}{at}{specs}"
     entry = primitives.Opaque(fn, tuple(tuple(o.shape) for o in outs), tuple(o.dtype for o in outs))
     key = primitives.register_opaque(f"{cls.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:12]}", entry)
     opaque[key] = fn
-    traced = iter(torch.ops.autoshard.opaque(key, tensors))
-    results = [_unless_cut(next(traced), f) if isinstance(f, Tensor) else f for f in flat]
-    return results[0] if single is not None else tuple(results)
+
+    def rebuild(traced: list[Tensor]) -> Any:
+        given = iter(traced)
+        parts = tuple(_unless_cut(next(given), f) if isinstance(f, Tensor) else f for f in flat)
+        return parts if isinstance(result, tuple) else parts[0]
+
+    return key, tensors, rebuild
 
 
 def _unless_cut(traced: Tensor, probe: Tensor) -> Tensor:
     return traced if probe.requires_grad or not probe.is_floating_point() else traced.detach()
 
 
-def _outputs_of(cls: type, fn: Callable[..., Any], tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Run the Function aside, on fresh fakes that require gradients, for its outputs' shapes and differentiability."""
+def _run_aside(cls: type, fn: Callable[..., Any], tensors: list[Tensor]) -> Any:
+    """Run the Function on fresh fakes that require gradients, outside of the trace, for its outputs' shapes and differentiability."""
     with _disable_current_modes(), torch.enable_grad():
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         probes = [_fake(t, mode).requires_grad_(t.is_floating_point()) for t in tensors]

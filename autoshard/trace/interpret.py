@@ -43,6 +43,20 @@ def is_factory(target: str) -> bool:
     return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
 
 
+@functools.cache
+def is_pointwise(target: str) -> bool:
+    """Whether the op computes each output element from its inputs' elements at the same (broadcast) place alone."""
+    fn = resolve(target)
+    if not isinstance(fn, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in fn.tags:
+        return False
+    return torch.Tag.pointwise in fn.tags or target in UNTAGGED_POINTWISE
+
+
+UNTAGGED_POINTWISE = frozenset(
+    f"aten.{name}" for name in "_to_copy.default where.self where.Scalar where.ScalarSelf where.ScalarOther masked_fill.Scalar".split()
+)
+
+
 def call(
     target: str,
     args: tuple[Any, ...],

@@ -6,7 +6,11 @@ from ..passes import Pass
 from .captured import Captured
 from .normalise.attention import attention
 from .normalise.dropout import dropout
+from .normalise.flatten import flatten
+from .normalise.fold import fold
+from .normalise.indexing import indexing
 from .normalise.losses import losses
+from .normalise.masks import masks
 from .normalise.matmuls import matmuls
 from .normalise.norms import norms
 from .normalise.pointwise import pointwise
@@ -23,4 +27,9 @@ PASSES: list[Pass[Captured]] = [
     norms,
     losses,
     attention,
+    # what the ops say together
+    flatten,
+    fold,
+    indexing,
+    masks,
 ]

@@ -17,11 +17,12 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ..errors import CaptureError
 from .build import drop_dead, dtype_name
 from .captured import Captured, Draw
+from .draws import draw_of
 from .export import MODEL
-from .graph import Graph, Op, Ref, Tensor, map_refs
-from .legal import is_random
+from .graph import Graph, Op, Ref, Tensor
 from .provenance import module_of, source_of
 
+DROPOUTS = ("aten.native_dropout.default", "aten.scaled_dot_product_attention.default")
 _DROPPED = ("device", "layout", "pin_memory", "non_blocking", "memory_format", "requires_grad")
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 
@@ -29,11 +30,12 @@ _ASSERTIONS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sy
 class Reader:
     """One reading: `values` maps fx nodes to Refs (tuples of Refs for several outputs)."""
 
-    def __init__(self, program: torch.export.ExportedProgram, owners: dict[str, str], trainable: set[str]) -> None:
-        self.program, self.owners, self.trainable = program, owners, trainable
+    def __init__(
+        self, program: torch.export.ExportedProgram, owners: dict[str, str], trainable: set[str], draws: list[Draw]
+    ) -> None:
+        self.program, self.owners, self.trainable, self.draws = program, owners, trainable, draws
         self.graph = Graph()
         self.constants: dict[str, torch.Tensor] = {}
-        self.draws: list[Draw] = []
         self.values: dict[fx.Node, Any] = {}
         self.names: set[str] = set()
 
@@ -105,6 +107,8 @@ class Reader:
         kwargs = {k: self._plain(v, where) for k, v in node.kwargs.items() if k not in _DROPPED and v is not None}
         value = node.meta["val"]
         many = isinstance(value, (tuple, list))
+        if (draw := draw_of(node)) is not None and target in DROPOUTS:
+            kwargs["draw"] = draw
         name = self._fresh(node.name)
         outs = tuple(f"{name}.{i}" for i in range(len(value))) if many else (name,)
         op = Op(name, target, args, kwargs, outs, where, module_of(node, MODEL))
@@ -113,32 +117,6 @@ class Reader:
         for out, v in zip(outs, value if many else (value,), strict=True):
             self.graph.values[out].strides = tuple(v.stride())
         self.values[node] = tuple(map(Ref, outs)) if many else Ref(name)
-        self._note_draw(op)
-
-    def _note_draw(self, op: Op) -> None:
-        """Record a random op. Dropout's draw is described by its input's shape and strides; see `normalise.dropout`."""
-        dropout = op.target == "aten.native_dropout.default" and op.args[2] and 0 < op.args[1] < 1
-        attention = op.target == "aten.scaled_dot_product_attention.default" and len(op.args) > 4 and 0 < op.args[4] < 1
-        if not (dropout or attention) and (not is_random(op.target) or "dropout" in op.target or "attention" in op.target):
-            return
-        index = len(self.draws)
-        if dropout:
-            x = self.graph.values[op.args[0].name]
-            self.draws.append(mask_draw(index, x.tensor, x.strides, op.args[1]))
-        elif attention:
-            q, k = (self.graph.values[r.name].tensor for r in op.args[:2])
-            heads = Tensor((*q.shape[:-1], k.shape[-2]), q.dtype)
-            self.draws.append(mask_draw(index, heads, (), op.args[4]))
-        else:
-            args = map_refs((op.args, op.kwargs), lambda ref: self._stand_in(ref.name))
-            self.draws.append(Draw(index, op.target, *args))
-        if dropout or attention:
-            op.kwargs["draw"] = index
-
-    def _stand_in(self, name: str) -> torch.Tensor:
-        """A tensor argument of a draw: only its shape, strides and dtype matter to the generator."""
-        value = self.graph.values[name]
-        return torch.empty_strided(value.tensor.shape, value.strides, dtype=getattr(torch, value.tensor.dtype), device="meta")
 
     def _plain(self, tree: Any, where: str) -> Any:
         if isinstance(tree, fx.Node):
@@ -172,15 +150,6 @@ class Reader:
                 )
         self.graph.loss, *others = users
         self.graph.outputs = dict(zip(outputs, others, strict=True))
-
-
-def mask_draw(index: int, tensor: Tensor, strides: tuple[int, ...], p: float) -> Draw:
-    """The draw that torch's dropout makes for a tensor of this shape and memory order."""
-    like = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
-    if strides:
-        like = torch.empty_strided(tensor.shape, strides, dtype=like.dtype, device="meta")
-    order = tuple(torch.empty_like(like).stride())
-    return Draw(index, "autoshard.dropout_mask.default", (tensor.shape, p, f"torch.{tensor.dtype}", index, order), {})
 
 
 def tensor_of(value: torch.Tensor) -> Tensor:

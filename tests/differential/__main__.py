@@ -1,4 +1,4 @@
-"""Run the matrix and print it as a table: `python -m tests.differential [--only FAMILY] [--mesh MESH] [--jobs N] [--sample K --seed S]`.
+"""Run the matrix and print it as a table: `python -m tests.differential [--only FAMILY] [--mesh MESH] [--jobs N] [--sample K --seed S] …`.
 
 Rows are families, columns meshes; a cell says how many trials passed of how many, and the worst distance in units of what is
 allowed (at most 1 passes). Every trial that fails goes with its traceback to a file of JSON lines. Exit code 1 if any did.
@@ -44,6 +44,7 @@ def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--further", action="store_true", help="the families that are tried for breadth, not the listed ones")
     parser.add_argument("--sample", type=int, metavar="K", help="K trials a family instead of all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--ranks", action="store_true", help="each trial on real gloo ranks too, against the in-process player")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; 0 runs in this one, for a debugger")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that a trial may take")
     parser.add_argument("--failures", type=Path, default=Path("out/differential.jsonl"))
@@ -71,20 +72,20 @@ def from_json(line: str) -> Row:
     return Row(**values | {"trial": Trial(**values["trial"])})
 
 
-def worker(limit: float) -> None:
+def worker(limit: float, ranks: bool) -> None:
     """Serve one family's trials. Rows go out on a file descriptor of their own, whatever a model prints."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
-        print(to_json(run(Trial(**json.loads(line)), limit)), file=out, flush=True)
+        print(to_json(run(Trial(**json.loads(line)), limit, ranks)), file=out, flush=True)
 
 
-def in_processes(groups: Iterable[list[Trial]], jobs: int, limit: float) -> Iterator[Row]:
+def in_processes(groups: Iterable[list[Trial]], jobs: int, limit: float, ranks: bool) -> Iterator[Row]:
     """Each family in a process of its own, `jobs` at a time: one that dies costs its own trials only."""
     rows: Queue[Row] = Queue()
 
     def serve(group: list[Trial]) -> None:
-        command = [sys.executable, "-m", "tests.differential", "--worker", "--limit", str(limit)]
+        command = [sys.executable, "-m", "tests.differential", "--worker", "--limit", str(limit), *(["--ranks"] if ranks else [])]
         environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | os.environ
         served = 0
         with tempfile.TemporaryFile("w+") as errors:
@@ -152,12 +153,12 @@ def watch(rows: Iterable[Row], total: int, console: Console, failures: Path) -> 
 def main() -> int:
     args = arguments()
     if args.worker:
-        worker(args.limit)
+        worker(args.limit, args.ranks)
         return 0
     todo = chosen(args)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     groups = [list(group) for _, group in itertools.groupby(todo, key=lambda trial: trial.family)]
-    rows = in_processes(groups, args.jobs, args.limit) if args.jobs else (run(trial, args.limit) for trial in todo)
+    rows = in_processes(groups, args.jobs, args.limit, args.ranks) if args.jobs else (run(t, args.limit, args.ranks) for t in todo)
     seen = watch(rows, len(todo), console, args.failures)
     console.print(table(seen))
     bad = sum(not row.passed for row in seen)

@@ -1,7 +1,8 @@
 """The matrix of trials, family × mesh × microbatches × plan, and what one trial does.
 
 `run(trial)` captures the family's model (once), plans, compiles and plays all ranks in this process, and compares with the
-plain run; it never raises: a `Row` tells what came of it.
+plain run; on request it then starts real ranks, forked from here so that they share the program, and compares them with the player.
+It never raises: a `Row` tells what came of it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from typing import Any
 
 from tests import zoo
 
-from .reference import FLOAT32, FLOAT64, Settings
+from .compare import Difference, compare
+from .ranks import on_ranks
+from .reference import FLOAT32, FLOAT64, RANKS, Outcome, Settings, build, follow, precision, reference
 
 MESHES: dict[str, dict[str, int]] = {
     "dp2": {"dp": 2},
@@ -109,14 +112,12 @@ class Subject:
     model: Any
     kwargs: dict[str, Any]
     captured: Any
-    expected: Any
+    expected: Outcome
 
 
 @functools.lru_cache(maxsize=1)
 def subject(family: str, settings: Settings) -> Subject:
     from autoshard.trace.capture import capture
-
-    from .reference import build, precision, reference
 
     case = zoo.case(family)
     model, kwargs = build(case, settings)
@@ -135,32 +136,36 @@ def plan_of(trial: Trial, graph: Any) -> Any:
     return random_plan(graph, mesh=trial.axes, microbatches=trial.microbatches, seed=seed)
 
 
-def play(subject: Subject, plan: Any, settings: Settings) -> Any:
-    """The outcome of all ranks played in this process."""
+def judge(subject: Subject, plan: Any, settings: Settings, ranks: int) -> list[Difference]:
+    """All ranks of the plan played in this process against the plain model; and, if `ranks`, as many real ones against the player."""
     from autoshard.lower import compile
     from autoshard.runtime.in_process import InProcess
 
-    from .reference import follow, precision
+    program = compile(subject.captured, plan, dropout="exact")
 
-    options = {"exact_random": True} if subject.case.random else {}
-    with precision(settings):
-        player = InProcess(compile(subject.captured, plan), copy.deepcopy(subject.model), **options)
-        return follow(player, subject.kwargs, settings)
+    def played(settings: Settings) -> Outcome:
+        return follow(InProcess(program, copy.deepcopy(subject.model)), subject.kwargs, settings)
+
+    worst = [compare(subject.expected, played(settings), settings)[0]]
+    if ranks:
+        from autoshard.runtime.module import Sharded
+
+        worst += on_ranks(ranks, lambda: Sharded(program, copy.deepcopy(subject.model)), subject.kwargs, RANKS, played(RANKS))
+    return worst
 
 
-def run(trial: Trial, limit: float = 300.0) -> Row:
+def run(trial: Trial, limit: float = 300.0, ranks: bool = False) -> Row:
+    """One trial, in at most `limit` seconds; on real gloo ranks too if `ranks`."""
     from autoshard.errors import NoPlanError
-
-    from .compare import compare
 
     start = time.monotonic()
     try:
         with time_limit(limit):
             it = subject(trial.family, trial.settings)
             plan = plan_of(trial, it.captured.graph)
-            worst = compare(it.expected, play(it, plan, trial.settings), trial.settings)[0]
-        notes = "; ".join(map(str, plan.notes)) if plan.microbatches != trial.microbatches else ""
-        notes = notes or ("" if plan.microbatches == trial.microbatches else f"{plan.microbatches} microbatches, unexplained")
+            worst = max(judge(it, plan, trial.settings, trial.ranks if ranks else 0), key=lambda d: d.ratio)
+        fewer = f"{plan.microbatches} microbatches: {'; '.join(plan.notes) or 'unexplained'}"
+        notes = fewer if plan.microbatches != trial.microbatches else ""
         status = "ok" if worst.ratio <= 1 else "fail"
         return Row(trial, status, worst.ratio, str(worst), notes, time.monotonic() - start)
     except NoPlanError as error:

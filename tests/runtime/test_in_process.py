@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autoshard.errors import DeadlockError, StateError
+from autoshard.errors import CaptureError, DeadlockError, StateError
 from autoshard.lower.program import Call
 from autoshard.plan.schedules import parse
 from autoshard.runtime.in_process import InProcess
@@ -87,6 +87,16 @@ def test_buffer_updates():
     for _ in range(3):
         ours.train_step(**batch(torch.float64))
     assert ours.state_dict()["seen"] == 3
+
+
+def test_evaluation_of_a_graph_that_says_more_is_refused():
+    _, ours = pair(count=True)
+    with pytest.raises(CaptureError, match="holds updates of seen, so it can't be evaluated"):
+        ours.eval_step(**batch(torch.float64))
+    _, other = pair()
+    again = InProcess(ours.program, Plain(torch.float64), evaluation=other.program)
+    again.eval_step(**batch(torch.float64))
+    assert again.state_dict()["seen"] == 0
 
 
 def test_low_precision_gradients_accumulate_in_float32():

@@ -31,7 +31,7 @@ def _plus(b: Builder, y: Ref, bias: Ref, beta: float, alpha: float) -> Ref:
 
 
 def addmm(b: Builder, bias: Ref, x: Ref, w: Ref, beta: float = 1, alpha: float = 1) -> Ref:
-    return _plus(b, b.op("aten.mm.default", x, w), bias, beta, alpha)
+    return _plus(b, mm(b, x, w), bias, beta, alpha)
 
 
 def baddbmm(b: Builder, bias: Ref, x: Ref, y: Ref, beta: float = 1, alpha: float = 1) -> Ref:
@@ -59,7 +59,19 @@ def outer(b: Builder, x: Ref, y: Ref) -> Ref:
 
 
 def matmul(b: Builder, x: Ref, y: Ref) -> Any:
-    return dot(b, x, y) if b.ndim(x) == b.ndim(y) == 1 else NotImplemented
+    return dot(b, x, y) if b.ndim(x) == b.ndim(y) == 1 else _product(b, "aten.matmul.default", x, y)
+
+
+def mm(b: Builder, x: Ref, y: Ref) -> Ref:
+    return _product(b, "aten.mm.default", x, y)
+
+
+def _product(b: Builder, target: str, x: Ref, y: Ref) -> Ref:
+    """x @ y, as a linear where y is a transposed matrix."""
+    turned = b.made_by(y, "aten.permute.default")
+    if turned is not None and turned.args[1] == (1, 0) and b.ndim(x) > 1:
+        return b.op("aten.linear.default", x, turned.args[0])
+    return b.op(target, x, y)
 
 
 def einsum(b: Builder, equation: str, operands: Sequence[Ref], path: None = None) -> Ref:
@@ -68,6 +80,7 @@ def einsum(b: Builder, equation: str, operands: Sequence[Ref], path: None = None
 
 RULES = {
     "aten.linear.default": linear,
+    "aten.mm.default": mm,
     "aten.addmm.default": addmm,
     "aten.baddbmm.default": baddbmm,
     "aten.addbmm.default": addbmm,

@@ -17,8 +17,15 @@ def pointwise(captured: Captured) -> Captured:
     return rewrite(captured, RULES)
 
 
+def _identity(b: Builder, x: Any, y: Any, neutral: Number) -> bool:
+    """Whether `x op y` is x itself: y is the op's neutral number, and the result has x's dtype."""
+    return isinstance(x, Ref) and not isinstance(y, Ref) and y == neutral and b.dtype(x) == _out_dtype(b)
+
+
 def _scaled(target: str) -> Rule:
     def rule(b: Builder, x: Ref, y: Any, alpha: Number = 1) -> Any:
+        if _identity(b, x, y, 0):
+            return x
         if alpha != 1:
             y = b.op("aten.mul.Tensor", y, alpha) if isinstance(y, Ref) else y * alpha
         return b.op(target, x, y)
@@ -37,6 +44,15 @@ def _reversed(b: Builder, x: Ref, y: Any, alpha: Number = 1) -> Ref:
 def _renamed(target: str) -> Rule:
     def rule(b: Builder, *args: Any, **kwargs: Any) -> Any:
         return b.op(target, *args, **kwargs)
+
+    return rule
+
+
+def _times(target: str) -> Rule:
+    def rule(b: Builder, x: Any, y: Any, **kwargs: Any) -> Any:
+        if not kwargs and _identity(b, x, y, 1):
+            return x
+        return b.op(target, x, y, **kwargs)
 
     return rule
 
@@ -106,8 +122,8 @@ RULES: dict[str, Rule] = {
     "aten.sub.Scalar": _scaled("aten.sub.Tensor"),
     "aten.rsub.Scalar": _reversed,
     "aten.rsub.Tensor": _reversed,
-    "aten.mul.Scalar": _renamed("aten.mul.Tensor"),
-    "aten.div.Scalar": _renamed("aten.div.Tensor"),
+    **dict.fromkeys(["aten.mul.Tensor", "aten.mul.Scalar"], _times("aten.mul.Tensor")),
+    **dict.fromkeys(["aten.div.Tensor", "aten.div.Scalar"], _times("aten.div.Tensor")),
     **{f"aten.__{n}__.{o}": _renamed(f"aten.bitwise_{n}.{o}") for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")},
     "aten.masked_fill.Tensor": masked_fill,
     **dict.fromkeys(["aten.zeros.default", "aten.empty.memory_format"], _filled(0)),

@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..build import Builder
+import torch
+
+from ..build import Builder, rewrite
 from ..captured import Captured
-from ..build import rewrite
 from ..graph import Ref
 
 
@@ -90,6 +91,11 @@ def expand(b: Builder, x: Ref, shape: Sequence[int], implicit: bool = False) -> 
 
 def expand_as(b: Builder, x: Ref, other: Ref) -> Ref:
     return b.expand(x, b.shape(other))
+
+
+def broadcast_tensors(b: Builder, tensors: Sequence[Ref]) -> tuple[Ref, ...]:
+    shape = torch.broadcast_shapes(*(b.shape(x) for x in tensors))
+    return tuple(b.expand(x, shape) for x in tensors)
 
 
 def slice_(b: Builder, x: Ref, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Ref:
@@ -184,7 +190,11 @@ def detach(b: Builder, x: Ref) -> Ref:
 def pad(b: Builder, x: Ref, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
     if mode != "constant":
         return NotImplemented
-    return b.op("aten.constant_pad_nd.default", x, tuple(padding), value or 0.0)
+    return constant_pad(b, x, padding, value or 0)
+
+
+def constant_pad(b: Builder, x: Ref, padding: Sequence[int], value: float = 0) -> Any:
+    return b.op("aten.constant_pad_nd.default", x, tuple(padding), float(value) if b.value(x).tensor.floating else int(value))
 
 
 def slice_scatter(
@@ -224,6 +234,7 @@ RULES = {
     **dict.fromkeys(["aten.movedim.int", "aten.movedim.intlist"], movedim),
     **dict.fromkeys(["aten.expand.default", "aten.broadcast_to.default"], expand),
     "aten.expand_as.default": expand_as,
+    "aten.broadcast_tensors.default": broadcast_tensors,
     "aten.slice.Tensor": slice_,
     "aten.narrow.default": narrow,
     "aten.select.int": select,
@@ -246,6 +257,7 @@ RULES = {
     **dict.fromkeys(["aten.to.other", "aten.type_as.default"], cast_as),
     "aten.detach.default": detach,
     "aten.pad.default": pad,
+    "aten.constant_pad_nd.default": constant_pad,
     "aten.slice_scatter.default": slice_scatter,
     "aten.select_scatter.default": select_scatter,
     "aten.copy.default": copy,

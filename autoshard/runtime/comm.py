@@ -1,0 +1,181 @@
+"""Ranks that talk: process groups of a mesh's axes, point-to-point channels, and what all ranks must agree on.
+
+On CUDA through NCCL, on CPU through gloo. `torch.distributed` is used as it stands if it is initialised, initialised from
+torchrun's environment if there is one, and left alone by a program of one rank without either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import errors
+from ..lower.program import Program
+from ..trace.graph import Tensor as Spec
+from .inputs import torch_dtype
+from .requests import Meet, Receive, Request, Send
+
+T = TypeVar("T")
+MAX_TEXT = 1 << 30
+_REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+class Comm:
+    """This process among all ranks. Groups are made once, by all ranks in one order (`prepare`)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        if not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(self.backend)
+        self.alone = not dist.is_initialized()
+        self.rank, self.size = (0, 1) if self.alone else (dist.get_rank(), dist.get_world_size())
+        self.groups: dict[tuple[Any, ...], Any] = {}
+        self.axes: dict[str, tuple[int, ...]] = {}
+        self.flying: deque[tuple[Any, Tensor]] = deque()
+        if not self.alone:
+            self.everyone = tuple(range(self.size))
+            # the default group serves if it is of our backend
+            same = dist.get_backend() == self.backend
+            self.groups[self.everyone] = dist.group.WORLD if same else dist.new_group(list(self.everyone), backend=self.backend)
+
+    def prepare(self, program: Program) -> dict[str, str]:
+        """Make the groups of a program. Axis → the name of this rank's process group. Raises MeshError."""
+        mesh = program.mesh
+        if mesh.ranks != self.size:
+            raise errors.MeshError(
+                f"the plan's mesh {mesh} has {mesh.ranks} ranks, but {self.size} are running",
+                hint="start as many processes as the mesh has",
+            )
+        if self.alone:
+            return {}
+        wanted: dict[tuple[Any, ...], list[int]] = {}
+        for axis in mesh.names:
+            for rank in range(self.size if mesh.size(axis) > 1 else 0):
+                wanted.setdefault(tuple(mesh.group(rank, axis)), mesh.group(rank, axis))
+        for r in program.ranks:
+            for others in r.tied.values():
+                wanted.setdefault(tuple(sorted({r.rank, *others})), sorted({r.rank, *others}))
+            for source, destination in r.edges if self.backend == "nccl" else ():
+                ends = [mesh.rank({**r.coords, "pp": stage}) for stage in (source, destination)]
+                # one communicator for each direction: a pair that sends both ways through one waits for itself
+                wanted.setdefault(("send", *ends), ends)
+                wanted.setdefault(("send", *ends[::-1]), ends)
+        for key, ranks in wanted.items():
+            if key not in self.groups and len(ranks) > 1:
+                self.groups[key] = dist.new_group(ranks, backend=self.backend)
+        self.axes = {axis: tuple(mesh.group(self.rank, axis)) for axis in mesh.names}
+        return {axis: self.group(ranks).group_name for axis, ranks in self.axes.items() if len(ranks) > 1}
+
+    def group(self, key: tuple[Any, ...]) -> dist.ProcessGroup:
+        found = self.groups[key]
+        assert isinstance(found, dist.ProcessGroup), f"rank {self.rank} is not in group {key}"
+        return found
+
+    # ---- what the executor asks for ---------------------------------------------------------------------------------
+
+    def answer(self, request: Request) -> Any:
+        if isinstance(request, Send):
+            return self.send(request.peer, request.tensors)
+        if isinstance(request, Receive):
+            return self.receive(request.peer, request.expected)
+        return self.meet(request)
+
+    def meet(self, request: Meet) -> Tensor:
+        ranks = self.axes[request.group] if isinstance(request.group, str) else request.group
+        if request.kind == "all_reduce":
+            return self.all_reduce(request.tensor, request.detail[0], ranks)
+        assert request.kind == "broadcast", f"the executor asks for {request.kind}"
+        return self.broadcast(request.tensor, ranks[request.detail[0]], ranks)
+
+    def send(self, peer: int, tensors: Sequence[Tensor]) -> None:
+        """Start sending; the tensors are kept until they are gone."""
+        while self.flying and self.flying[0][0].is_completed():
+            self.flying.popleft()
+        for tensor in tensors:
+            wire = tensor.contiguous()
+            if wire.numel():
+                self.flying.append((dist.isend(wire, peer, group=self.channel(self.rank, peer)), wire))
+
+    def receive(self, peer: int, expected: Sequence[Spec]) -> list[Tensor]:
+        tensors = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=self.device) for spec in expected]
+        works = [dist.irecv(t, peer, group=self.channel(peer, self.rank)) for t in tensors if t.numel()]
+        for work in works:
+            assert work is not None
+            work.wait()
+        return tensors
+
+    def channel(self, source: int, destination: int) -> dist.ProcessGroup:
+        # gloo matches by ends and order within any group
+        return self.group(("send", source, destination) if self.backend == "nccl" else self.everyone)
+
+    def land(self) -> None:
+        """Wait for all sends (on CUDA: let the stream wait)."""
+        while self.flying:
+            self.flying.popleft()[0].wait()
+
+    def all_reduce(self, tensor: Tensor, op: str, ranks: tuple[int, ...] | None = None) -> Tensor:
+        """The group's sum, max or min, as a new tensor."""
+        if self.alone:
+            return tensor
+        result = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, _REDUCE[op], group=self.group(ranks or self.everyone))
+        return result
+
+    def broadcast(self, tensor: Tensor, source: int, ranks: tuple[int, ...] | None = None) -> Tensor:
+        """What the source rank gives (the others give a tensor like it, which may be overwritten)."""
+        if self.alone:
+            return tensor
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, source, group=self.group(ranks or self.everyone))
+        return tensor
+
+    # ---- what all ranks must agree on -------------------------------------------------------------------------------
+
+    def share(self, text: str, source: int = 0) -> str:
+        """The source rank's text, on all ranks. (Bytes, not pickled objects: nothing that is received gets executed.)"""
+        if self.alone:
+            return text
+        payload = torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy()).to(self.device)
+        size = int(self.broadcast(torch.tensor(payload.numel(), device=self.device), source))
+        assert 0 <= size <= MAX_TEXT, f"rank {source} sends {size} bytes"
+        if self.rank != source:
+            payload = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self.broadcast(payload, source).cpu().numpy().tobytes().decode() if size else ""
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank. If it fails on one, all raise the error of the first that failed."""
+        error: Exception | None = None
+        value: Any = None
+        try:
+            value = work()
+        except Exception as caught:
+            error = caught
+        if self.alone:
+            if error is not None:
+                raise error
+            return value
+        mine = torch.tensor([self.size if error is None else self.rank], device=self.device)
+        first = int(self.all_reduce(mine, "min"))
+        if first == self.size:
+            return value
+        text = self.share(json.dumps([type(error).__name__, str(error)]), first)
+        if self.rank == first and error is not None:
+            raise error
+        raise _rebuilt(first, *json.loads(text)) from error
+
+
+def _rebuilt(rank: int, name: str, message: str) -> Exception:
+    """The error of another rank: of the same class where it is one of ours."""
+    cls = getattr(errors, name, None)
+    if isinstance(cls, type) and issubclass(cls, errors.AutoshardError):
+        return cls(message)
+    return RuntimeError(f"rank {rank} failed with {name}: {message}")

@@ -1,0 +1,68 @@
+"""Number the random ops of a model in execution order, before dead ones are dropped, so that a run can replay torch's own stream.
+
+In: the exported graph as the model executed it. Out: one `Draw` a random op, and its number in the node's metadata, which survives
+functionalisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from .captured import Draw
+from .provenance import source_of
+
+_TAG = "autoshard_draw"
+
+
+def number_draws(graph: fx.Graph) -> list[Draw]:
+    """Tag each random op with its ordinal and describe what it draws."""
+    draws: list[Draw] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and (draw := _describe(node, len(draws))) is not None:
+            node.meta["custom"] = {**node.meta.get("custom", {}), _TAG: draw.index}
+            draws.append(draw)
+    return draws
+
+
+def draw_of(node: fx.Node) -> int | None:
+    return node.meta.get("custom", {}).get(_TAG)
+
+
+def _describe(node: fx.Node, index: int) -> Draw | None:
+    name = str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
+    if name in ("dropout", "dropout_", "native_dropout"):
+        x, p, train = _arguments(node, "input", "p", "train")
+        return _mask(index, x.meta["val"], p, node) if train and 0 < p < 1 else None
+    if name == "scaled_dot_product_attention":
+        q, k, p = _arguments(node, "query", "key", "dropout_p")
+        q, k = q.meta["val"], k.meta["val"]
+        return _mask(index, q.new_empty((*q.shape[:-1], k.shape[-2])), p, node) if 0 < p < 1 else None
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _stand_in(n.meta["val"]))
+    return Draw(index, str(node.target), tuple(args), {k: v for k, v in kwargs.items() if k != "device"}, source_of(node))
+
+
+def _arguments(node: fx.Node, *names: str) -> list[Any]:
+    """Arguments by schema name, with defaults."""
+    found = []
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name in names:
+            found.append(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value))
+    return found
+
+
+def _mask(index: int, like: torch.Tensor, p: float, node: fx.Node) -> Draw:
+    """What dropout draws for `like`: a tensor of its shape in its memory order."""
+    strides = tuple(torch.empty_like(_stand_in(like)).stride())
+    return Draw(index, "autoshard.dropout_mask.default", (tuple(like.shape), p, str(like.dtype), index, strides), {}, source_of(node))
+
+
+def _stand_in(value: Any) -> Any:
+    """A tensor argument of a draw: only its shape, strides and dtype matter to the generator."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")

@@ -1,0 +1,130 @@
+"""Recognise causal attention masks by what they contain, so that attention can use kernels that take none.
+
+In: a folded graph. Out: the same, where attention whose mask admits exactly the keys up to the query has `causal=True` and no mask, a mask
+that is `causal & rest` leaves only `rest`, and a mask that admits everything is gone. Expands of masks are dropped (attention broadcasts).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..build import Builder, rewrite
+from ..captured import Captured
+from ..graph import Op, Ref, map_refs
+from ..interpret import call
+from .fold import is_pure
+
+LIMIT = 2**30  # bytes of any value evaluated only to look at it
+ANDS = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
+# how `a ? b` reads with the key's number on the left: key ? query
+COMPARISONS = {"aten.le.Tensor": "le", "aten.lt.Tensor": "lt", "aten.ge.Tensor": "ge", "aten.gt.Tensor": "gt"}
+MIRROR = {"le": "ge", "ge": "le", "lt": "gt", "gt": "lt"}
+
+
+def masks(captured: Captured) -> Captured:
+    """Turn causal masks into attention's own flag."""
+    seen: dict[str, str] = {}
+
+    def rule(b: Builder, q: Ref, k: Ref, v: Ref, mask: Ref | None, causal: bool, scale: float) -> Any:
+        if mask is None:
+            return NotImplemented
+        s, t = b.shape(q)[2], b.shape(k)[2]
+        kept: list[Ref] = []
+        for part in _conjuncts(b, mask):
+            kind = seen.setdefault(part.name, _kind(b, part, s, t))
+            causal |= kind == "causal"
+            if kind == "":
+                kept.append(part)
+        mask = kept[0] if kept else None
+        for part in kept[1:]:
+            mask = b.op("aten.bitwise_and.Tensor", mask, part)
+        return b.op("autoshard.attention.default", q, k, v, mask, causal, scale)
+
+    return rewrite(captured, {"autoshard.attention.default": rule})
+
+
+def _conjuncts(b: Builder, mask: Ref) -> list[Ref]:
+    """The 4-dim parts whose conjunction the mask is; expands are looked through."""
+    while (wide := b.made_by(mask, "aten.expand.default")) is not None and b.ndim(wide.args[0]) == 4:
+        mask = wide.args[0]
+    for target in ANDS:
+        made = b.made_by(mask, target)
+        if made is not None and all(isinstance(a, Ref) and b.ndim(a) == 4 and b.dtype(a) == "bool" for a in made.args):
+            return [part for a in made.args for part in _conjuncts(b, a)]
+    return [mask]
+
+
+def _kind(b: Builder, mask: Ref, s: int, t: int) -> str:
+    """"causal", "all" (admits everything), or "" for any other."""
+    if b.shape(mask)[:2] == (1, 1) and b.shape(mask)[2:] == (s, t) and _orthogonal_causal(b, mask):
+        return "causal"
+    found = _contents(b, mask)
+    if found is None or found.shape[:2] != (1, 1):
+        return ""
+    if found.dtype != torch.bool:
+        if not bool(((found == 0) | (found <= torch.finfo(found.dtype).min)).all()):
+            return ""
+        found = found == 0
+    if bool(found.all()):
+        return "all"
+    if found.shape[2:] == (s, t) and torch.equal(found[0, 0], torch.ones(s, t, dtype=torch.bool).tril()):
+        return "causal"
+    return ""
+
+
+def _orthogonal_causal(b: Builder, mask: Ref) -> bool:
+    """Whether the mask is a comparison of a constant per key with one per query that holds exactly for keys up to the query."""
+    op = b.producer.get(mask.name)
+    if op is None or op.target not in COMPARISONS or not all(isinstance(a, Ref) for a in op.args):
+        return False
+    relation = COMPARISONS[op.target]
+    tensors = [b.constants.get(a.name) for a in op.args]
+    if any(x is None or x.ndim != 4 or x.shape[:2] != (1, 1) for x in tensors):
+        return False
+    left, right = (x[0, 0] for x in tensors if x is not None)
+    if left.shape[0] > 1:
+        left, right, relation = right, left, MIRROR[relation]
+    if left.shape[0] != 1 or right.shape[1] != 1:
+        return False
+    keys, queries = left[0], right[:, 0]
+    if relation in ("ge", "gt"):  # key ≥ query is -key ≤ -query
+        keys, queries, relation = -keys, -queries, MIRROR[relation]
+    if bool((keys[1:] < keys[:-1]).any()):
+        return False
+    admitted = torch.searchsorted(keys, queries, right=relation == "le")  # of ascending keys, how many hold
+    return torch.equal(admitted, torch.arange(1, len(queries) + 1).clamp(max=len(keys)))
+
+
+def _contents(b: Builder, value: Ref) -> Tensor | None:
+    """The contents of a constant value, evaluated without being kept; None if it isn't constant or too large."""
+    if value.name in b.constants:
+        return b.constants[value.name]
+    op: Op | None = b.producer.get(value.name)
+    if op is None or not is_pure(op) or b.value(value).tensor.bytes > LIMIT or len(op.outs) > 1:
+        return None
+    if any(_depends_on_data(b, name) for name in op.inputs):
+        return None
+    found = [_contents(b, Ref(name)) for name in op.inputs]
+    if any(f is None for f in found):
+        return None
+    by_name = dict(zip(op.inputs, found, strict=True))
+    args, kwargs = map_refs((op.args, op.kwargs), lambda ref: by_name[ref.name])
+    return call(op.target, args, kwargs, "cpu")
+
+
+def _depends_on_data(b: Builder, name: str) -> bool:
+    """Whether a source other than a constant is among what `name` is made of."""
+    pending, seen = [name], set()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in b.producer:
+            pending += b.producer[name].inputs
+        elif name not in b.constants:
+            return True
+    return False
