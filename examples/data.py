@@ -18,8 +18,8 @@ HELD_OUT = 20
 """One file in this many is held out."""
 
 
-def standard_library(limit: int = 30_000_000) -> tuple[Tensor, Tensor]:
-    """Training and held-out text, uint8[bytes]; reads at most `limit` bytes."""
+def standard_library() -> tuple[Tensor, Tensor]:
+    """Training and held-out text, uint8[bytes]."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
     train, held = bytearray(), bytearray()
@@ -29,8 +29,6 @@ def standard_library(limit: int = 30_000_000) -> tuple[Tensor, Tensor]:
             continue
         text = path.read_bytes()
         (held if zlib.crc32(name.as_posix().encode()) % HELD_OUT == 0 else train).extend(text)
-        if len(train) + len(held) > limit:
-            break
     return torch.frombuffer(train, dtype=torch.uint8), torch.frombuffer(held, dtype=torch.uint8)
 
 

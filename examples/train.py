@@ -114,6 +114,7 @@ def reference(text: Tensor, args: argparse.Namespace, console: Console) -> list[
     """The first losses of the same run on one process, by rank 0 while the others wait."""
     losses: list[float] = []
     if dist.get_rank() == 0:
+        torch.set_num_threads(os.cpu_count() or 1)
         steps = min(COMPARED, args.steps)
         losses = watch(train(Plain(build(args)), text, args, steps), steps, console, "one process")
     dist.barrier()
@@ -132,14 +133,15 @@ def main() -> None:
         expected: list[float] = []
     else:
         import autoshard
+        from autoshard.report import plan_table
 
         dist.init_process_group("gloo")
-        torch.set_num_threads(1)
         console = Console(highlight=False, quiet=dist.get_rank() != 0)
         expected = reference(text, args, console)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
         example = next(batches(text, batch=args.batch, seq=Config.seq, seed=args.seed))
         trainer = autoshard.parallelize(build(args), autoshard.Cluster.local(dist.get_world_size()), kwargs=example)
-        console.print(str(trainer.plan), markup=False)
+        console.print(plan_table(trainer.plan))
     console.print(f"{len(text):,} bytes to train on, {len(held_out):,} held out")
     losses = watch(train(trainer, text, args, args.steps), args.steps, console, "training")
     console.print(f"held-out loss: {held_out_loss(trainer, held_out, args):.4f} nats a byte")

@@ -51,7 +51,9 @@ def assemble(parts: Mapping[tuple[int, ...], torch.Tensor], shape: tuple[int, ..
     return whole
 
 
-def forward(split: TimeSplit, placed: Placements, sizes: tuple[int, int], sources: Mapping[str, torch.Tensor], opaque=None) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+def forward(
+    split: TimeSplit, placed: Placements, sizes: tuple[int, int], sources: Mapping[str, torch.Tensor], opaque=None
+) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
     """Every value of the graph, computed on shards and assembled. One microbatch; `sources`: whole tensors by value name."""
     graph = split.graph
     held: dict[str, Layout] = dict(placed.inputs)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..trace import primitives
+
 
 def embedding(table: torch.Tensor, ids: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Rows [offset, offset + n) of a table are here; other ids give zeros. Summed over the shards it is the whole lookup."""
@@ -17,10 +19,7 @@ def embedding(table: torch.Tensor, ids: torch.Tensor, offset: torch.Tensor) -> t
 
 def pick(x: torch.Tensor, labels: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """x[…, labels - offset] where the last dim holds that label, else 0."""
-    at = labels - offset
-    here = (at >= 0) & (at < x.shape[-1])
-    found = x.gather(-1, torch.where(here, at, 0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(here, found, 0)
+    return primitives.pick(x, labels - offset)
 
 
 def mean(x: torch.Tensor, dims: Sequence[int], keep: bool, count: int) -> torch.Tensor:

@@ -25,34 +25,35 @@ def differentiate(routine: Routine, key: str = "") -> Module:
     with FakeTensorMode(allow_non_fake_inputs=True):
         primals = [_empty(p) for p in routine.inputs]
         wanted = [i for i, p in enumerate(routine.inputs) if p.grad]
-        results = _probe(routine, primals, wanted)
-        grad_outputs = tuple(i for i, r in enumerate(results) if r)
-        tangents = [_empty(routine.outputs[i]) for i in grad_outputs]
+        candidates = [i for i, p in enumerate(routine.outputs) if p.grad]
+        tangents = [_empty(routine.outputs[i]) for i in candidates]
+        grad_outputs: list[int] = []
         reached: list[int] = []
 
         def joint(primals: list[torch.Tensor], tangents: list[torch.Tensor]) -> list[torch.Tensor]:
             leaves = [p.detach().requires_grad_(True) if i in wanted else p for i, p in enumerate(primals)]
             with torch.enable_grad():
                 outs = routine(*leaves)
+            given = [(i, t) for i, t in zip(candidates, tangents, strict=True) if outs[i].requires_grad]
             found: Sequence[torch.Tensor | None] = []
-            if grad_outputs and wanted:
-                found = torch.autograd.grad([outs[i] for i in grad_outputs], [leaves[i] for i in wanted], tangents, allow_unused=True)
+            if given and wanted:
+                found = torch.autograd.grad(
+                    [outs[i] for i, _ in given], [leaves[i] for i in wanted], [t for _, t in given], allow_unused=True
+                )
+            grad_outputs[:] = [i for i, _ in given]
             reached[:] = [i for i, g in zip(wanted, found, strict=False) if g is not None]
             return [*(o.detach() for o in outs), *(g for g in found if g is not None)]
 
         graph = make_fx(joint, tracing_mode="real", _error_on_data_dependent_ops=True)(primals, tangents)
-    return _split(graph, len(primals), len(routine.outputs), grad_outputs, reached, [p.param for p in routine.inputs], key)
+    for i in reversed(range(len(candidates))):
+        if candidates[i] not in grad_outputs:
+            holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+            graph.graph.erase_node(holders[len(primals) + i])
+    return _split(graph, len(primals), len(routine.outputs), tuple(grad_outputs), reached, [p.param for p in routine.inputs], key)
 
 
 def _empty(port: Port) -> torch.Tensor:
     return torch.empty(port.tensor.shape, dtype=getattr(torch, port.tensor.dtype))
-
-
-def _probe(routine: Routine, primals: list[torch.Tensor], wanted: list[int]) -> list[bool]:
-    """Which outputs carry a gradient."""
-    leaves = [p.detach().requires_grad_(True) if i in wanted else p for i, p in enumerate(primals)]
-    with torch.enable_grad():
-        return [o.requires_grad for o in routine(*leaves)]
 
 
 def _split(
@@ -63,6 +64,9 @@ def _split(
         # fakes are contiguous where what arrives at run time may not be
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             node.target = torch.ops.aten.reshape.default
+        elif node.target is torch.ops.aten.detach.default:  # nothing is differentiated any more
+            node.replace_all_uses_with(node.args[0])
+    joint.graph.eliminate_dead_code()
     nodes = list(joint.graph.nodes)
     holders = [n for n in nodes if n.op == "placeholder"]
     primals, tangents = holders[:inputs], holders[inputs:]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx import traceback
 
 from ..layout import I, Layout, P, R, Type, dim_positions, local_shape, segments
 from ..plan.placement import AXES, Pair, path
@@ -35,6 +36,7 @@ class Step:
     ins: tuple[str, ...]
     outs: tuple[str, ...]
     text: str
+    source: str = ""
 
 
 @dataclass
@@ -56,10 +58,13 @@ class Routine:
     label: str = ""
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run it. Under a tracer, the nodes carry the user's source lines as their stack traces."""
         env = dict(zip((p.name for p in self.inputs), tensors, strict=True))
-        for step in self.steps:
-            found = step.fn(*(env[n] for n in step.ins))
-            env |= zip(step.outs, found if isinstance(found, (tuple, list)) else (found,), strict=True)
+        with traceback.preserve_node_meta():
+            for step in self.steps:
+                traceback.current_meta["stack_trace"] = step.source
+                found = step.fn(*(env[n] for n in step.ins))
+                env |= zip(step.outs, found if isinstance(found, (tuple, list)) else (found,), strict=True)
         return tuple(env[p.name] for p in self.outputs)
 
     @property
@@ -148,7 +153,7 @@ class _Builder:
         else:
             fn, text = _runner(local, part.opaque), f"{local.target}{_numbered(local)}"
         self.known.update(outs)
-        self.routine.steps.append(Step(fn, (*ins, *extra), tuple(outs), text))
+        self.routine.steps.append(Step(fn, (*ins, *extra), tuple(outs), text, op.source))
 
     def operand(self, name: str, want: Layout) -> str:
         """The value in the layout wanted, moved there if it isn't."""

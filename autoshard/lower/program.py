@@ -219,8 +219,8 @@ class Program:
 
 
 def bind(module: fx.GraphModule, groups: Mapping[str, str], device: torch.device) -> fx.GraphModule:
-    """A copy of a module with axis names replaced by process groups' names, and its factory calls on `device`."""
-    bound = copy.deepcopy(module)
+    """A copy of a module with axis names replaced by process groups' names; its factory calls and constants on `device`."""
+    bound = copy.deepcopy(module).to(device)
     for node in bound.graph.nodes:
         if node.op != "call_function":
             continue

@@ -208,13 +208,24 @@ def choose(space: Space, prices: Prices, blocks: Sequence[Block], roots: Mapping
     tables = _Tables(space, prices)
     for v in graph.sources("param"):
         problem.add((v.name,), tables.stored(v))
+    shared = _siblings(space, blocks) if prices.share else {}
     for op in graph.ops:
         if op.name in space.fixed:
             continue
         problem.add((op.name,), tables.unary(op))
         for name, positions in _operand_positions(op).items():
             source = producer[name].name if name in producer else name
-            if source in space.fixed or graph.values[name].role in ("input", "constant", "buffer"):
+            fixed = source in space.fixed or graph.values[name].role in ("input", "constant", "buffer")
+            use = shared.get((op.name, name))
+            if use is not None:
+                if use.name not in problem.sizes:
+                    problem.sizes[use.name] = len(use.layouts)
+                    if fixed:
+                        problem.add((use.name,), tables.moves([space.held[name]], use.layouts, name)[0])
+                    else:
+                        problem.add((source, use.name), tables.moves(tables.made(producer[name], name), use.layouts, name))
+                problem.add((use.name, op.name), tables.same(use.layouts, op, positions))
+            elif fixed:
                 problem.add((op.name,), tables.from_fixed(op, name, positions))
             else:
                 problem.add((source, op.name), tables.edge(producer.get(name), op, name, positions))
@@ -222,7 +233,7 @@ def choose(space: Space, prices: Prices, blocks: Sequence[Block], roots: Mapping
         if name in producer and producer[name].name in space.domains:
             problem.add((producer[name].name,), tables.root(producer[name], name, layout))
     if fold:
-        _fold(problem, space, blocks)
+        _fold(problem, space, blocks, shared)
     seconds, chosen = problem.minimum()
     return Placements(
         {**space.fixed, **{n: d[chosen[n]] for n, d in space.domains.items()}},
@@ -239,7 +250,36 @@ def _operand_positions(op: Op) -> dict[str, list[int]]:
     return found
 
 
-def _fold(problem: Problem, space: Space, blocks: Sequence[Block]) -> None:
+@dataclass(frozen=True)
+class _Use:
+    """The one layout in which several matmuls of a block take a value: a variable of its own, so that the move counts once."""
+
+    name: str
+    layouts: tuple[Layout, ...]
+
+
+def _siblings(space: Space, blocks: Sequence[Block]) -> dict[tuple[str, str], _Use]:
+    """(op, operand) → the use that it shares with others of its block."""
+    graph = space.split.graph
+    by_name = {op.name: op for op in graph.ops}
+    found: dict[tuple[str, str], _Use] = {}
+    for i, block in enumerate(blocks):
+        takers: dict[str, list[Op]] = {}
+        for name in block.ops:
+            op = by_name[name]
+            if op.name in space.domains and op.target in ("aten.linear.default", "aten.mm.default", "aten.matmul.default"):
+                operand = op.inputs[0]
+                if graph.values[operand].role != "param" and op.inputs.count(operand) == 1:
+                    takers.setdefault(operand, []).append(op)
+        for operand, ops in takers.items():
+            if len(ops) > 1:
+                layouts = tuple(dict.fromkeys(tuple(s.ins[0] for s in pair) for op in ops for pair in space.domains[op.name]))
+                use = _Use(f"{operand}@use{i}", layouts)
+                found |= {(op.name, operand): use for op in ops}
+    return found
+
+
+def _fold(problem: Problem, space: Space, blocks: Sequence[Block], shared: Mapping[tuple[str, str], _Use]) -> None:
     """Eliminate each block's inside; blocks that are alike, once."""
     graph = space.split.graph
     producer = graph.producer()
@@ -253,9 +293,15 @@ def _fold(problem: Problem, space: Space, blocks: Sequence[Block]) -> None:
                 source = producer[n].name if n in producer else n
                 if source in problem.sizes:
                     names[source] = None
+                if (op_name, n) in shared:
+                    names[shared[op_name, n].name] = None
             names[op_name] = None
+        uses = {u.name: u for u in shared.values()}
         inner, outer = [], []
         for n in names:
+            if n in uses:
+                inner.append(n)
+                continue
             users = consumers[n] if n in space.storage else [c for out in by_name[n].outs for c in consumers[out]]
             outside = any(home.get(u.name) != i for u in users) or (n in by_name and home[n] != i)
             (outer if outside else inner).append(n)
@@ -288,9 +334,7 @@ class _Tables:
             have = list(self.space.storage[name])
             weight = self.prices.per_step
         else:
-            out = source.outs.index(name)
-            have = [tuple(s.outs[out] for s in pair) for pair in self.space.domains[source.name]]
-            weight = 1.0
+            have, weight = self.made(source, name), 1.0
         return self._moves(have, self._wanted(op, positions), name) * weight
 
     def from_fixed(self, op: Op, name: str, positions: list[int]) -> np.ndarray:
@@ -299,6 +343,18 @@ class _Tables:
     def root(self, op: Op, name: str, layout: Layout) -> np.ndarray:
         out = op.outs.index(name)
         return self._moves([tuple(s.outs[out] for s in pair) for pair in self.space.domains[op.name]], [[layout]], name)[:, 0]
+
+    def made(self, source: Op, name: str) -> list[Layout]:
+        out = source.outs.index(name)
+        return [tuple(s.outs[out] for s in pair) for pair in self.space.domains[source.name]]
+
+    def moves(self, have: Sequence[Layout], want: Sequence[Layout], name: str) -> np.ndarray:
+        return self._moves(have, [[w] for w in want], name)
+
+    def same(self, layouts: Sequence[Layout], op: Op, positions: list[int]) -> np.ndarray:
+        """Free where the op takes the use's layout, forbidden elsewhere."""
+        wanted = self._wanted(op, positions)
+        return np.array([[0.0 if w == [layout] else np.inf for w in wanted] for layout in layouts])
 
     def _wanted(self, op: Op, positions: list[int]) -> list[list[Layout]]:
         return [list({tuple(s.ins[i] for s in pair): None for i in positions}) for pair in self.space.domains[op.name]]

@@ -25,6 +25,8 @@ OPTIMIZER_BYTES = 28
 FUSED = 0.35
 """The part of a pointwise op's bytes that reach memory once the compiler has fused its neighbours (2 of about 6 accesses)."""
 
+DIVIDE = 1e4
+
 
 def flops(op: Op, values: Mapping[str, Value]) -> float:
     """Floating-point operations of one op, whole. Zero for what only moves bytes."""
@@ -46,10 +48,16 @@ def flops(op: Op, values: Mapping[str, Value]) -> float:
 
 
 class Prices:
-    """Costs of one mesh of a cluster. `per_step`: the weight of what happens once a step, against once a microbatch."""
+    """Costs of one mesh of a cluster. `per_step`: the weight of what happens once a step, against once a microbatch.
 
-    def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int) -> None:
-        self.cluster, self.mesh, self.per_step = cluster, mesh, 1.0 / microbatches
+    `divide`: what an axis could divide and doesn't, matmuls and stored parameters, costs DIVIDE times over. A user who pins
+    tp=4 wants the model in four parts, also where a model is so small that one device would be faster.
+    """
+
+    share = True
+
+    def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int, divide: bool = False) -> None:
+        self.cluster, self.mesh, self.per_step, self.divide = cluster, mesh, 1.0 / microbatches, divide
         self.memo: dict[object, float] = {}
         self.unary: dict[object, np.ndarray] = {}
 
@@ -76,7 +84,8 @@ class Prices:
         device = self.cluster.device
         if heavy and work:
             once = op_seconds(device, work * share, held, dtype, "attention" if "attention" in op.target else "")
-            return float(once * (1.0 + (sum(v.grad for v in operands[:3]) if grad else 0)))
+            seconds = float(once * (1.0 + (sum(v.grad for v in operands[:3]) if grad else 0)))
+            return seconds + (DIVIDE * seconds * share if self.divide and share > self._best_share(sizes) else 0.0)
         return float((memory_seconds(device, held * FUSED) - device.launch) * (2.0 if grad else 1.0))
 
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
@@ -116,7 +125,16 @@ class Prices:
     def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray:
         """The optimizer's pass over what is stored."""
         each = OPTIMIZER_BYTES if trainable else 0
-        return np.array([memory_seconds(self.cluster.device, _local_numel(tensor, c, sizes) * each) for c in choices])
+        held = np.array([_local_numel(tensor, c, sizes) for c in choices], dtype=float)
+        seconds = np.asarray(memory_seconds(self.cluster.device, held * each))
+        if self.divide and sizes[-1] > 1:
+            seconds = seconds + DIVIDE / self.per_step * np.asarray(memory_seconds(self.cluster.device, held * OPTIMIZER_BYTES))
+        return seconds
+
+    @staticmethod
+    def _best_share(sizes: tuple[int, ...]) -> float:
+        """A little above what one rank does if every axis divides an op evenly."""
+        return 1.2 / math.prod(sizes)
 
     def send(self, bytes: float) -> float:
         """From one stage to the next."""
@@ -143,6 +161,7 @@ class RandomPrices:
     """Random costs, finite wherever a plan is legal: the cheapest plan is then a random legal plan."""
 
     per_step = 1.0
+    share = False
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)

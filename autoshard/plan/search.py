@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..errors import NoPlanError
-from ..layout import I, Layout, R, S, Type, compatible, local_shape
+from ..layout import I, Layout, R, S, Type, local_shape
 from ..mesh import Mesh
 from ..trace.blocks import Block, find_blocks
 from ..trace.graph import Graph, Tensor
@@ -31,6 +31,7 @@ from .simulate import simulate
 from .solve import TooWide
 from .stages import Costs, balance, crossings
 
+PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide")
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -46,20 +47,21 @@ def search(
 
     `mesh` pins the degrees (otherwise every split of the cluster's ranks is tried), `microbatches` their count. `pins`:
     "schedule" (gpipe, 1f1b), "cuts" (first block of each stage), "zero" (bool: store what dp replicates in shards),
-    "storage" (parameter path → type on tp, as text), "ops" (op → strategy on tp, as text). `memory`: bytes per rank.
+    "storage" (parameter path → type on tp, as text), "ops" (op → strategy on tp, as text), "divide" (bool: divide parameters and
+    matmuls over tp wherever that is possible, whatever it costs; the default where `mesh` is given). `memory`: bytes per rank.
     Raises NoPlanError with every candidate's reason.
     """
     pins = dict(pins or {})
-    unknown = set(pins) - {"schedule", "cuts", "zero", "storage", "ops"}
+    unknown = set(pins) - set(PINS)
     if unknown:
-        raise NoPlanError(f"unknown pin {sorted(unknown)[0]!r}", hint="pins are schedule, cuts, zero, storage, ops")
+        raise NoPlanError(f"unknown pin {sorted(unknown)[0]!r}", hint=f"pins are {', '.join(PINS)}")
     if isinstance(mesh, Mesh):
         mesh = dict(zip(mesh.names, mesh.sizes, strict=True))
     wanted = Mesh.of(mesh) if mesh is not None else None
     cluster = cluster or Cluster.local(wanted.ranks if wanted else 1)
     meshes = [wanted] if wanted else list(_meshes(cluster.ranks, graph))
     limit = memory or cluster.device.usable
-    searcher = _Search(graph, cluster, pins, limit)
+    searcher = _Search(graph, cluster, pins, limit, pinned=wanted is not None)
     found: list[tuple[float, Plan]] = []
     refused: list[str] = []
     for shape in meshes:
@@ -120,8 +122,8 @@ class _Inner:
 
 
 class _Search:
-    def __init__(self, graph: Graph, cluster: Cluster, pins: Mapping[str, Any], limit: float, seed: int | None = None) -> None:
-        self.graph, self.cluster, self.pins, self.limit, self.seed = graph, cluster, pins, limit, seed
+    def __init__(self, graph: Graph, cluster: Cluster, pins: Mapping[str, Any], limit: float, seed: int | None = None, pinned: bool = False) -> None:
+        self.graph, self.cluster, self.pins, self.limit, self.seed, self.pinned = graph, cluster, pins, limit, seed, pinned
         self.splits: dict[int, TimeSplit | NotSplittable] = {}
         self.inner: dict[tuple[int, int, int], _Inner] = {}
         self.fingerprint = fingerprint(graph)
@@ -159,7 +161,8 @@ class _Search:
         blocks = find_blocks(split.graph, split.once | split.data)
         space = Space(split, key[:2])
         self._pin(space)
-        prices = RandomPrices(self.seed) if self.seed is not None else Prices(self.cluster, mesh, count)
+        divide = bool(self.pins.get("divide", self.pinned))
+        prices = RandomPrices(self.seed) if self.seed is not None else Prices(self.cluster, mesh, count, divide)
         if self.seed is not None:
             _thin(space, self.seed)
         roots: dict[str, Layout] = {n: (I, I) if split.graph.values[n].grad else (R, R) for n in split.graph.roots}
@@ -168,8 +171,9 @@ class _Search:
             raise NoPlanError("no placement is legal under the pins")
         if self.pins.get("zero", True):
             _shard_storage(space, placed)
-        costs = self._costs(space, blocks, placed, prices)
-        self.inner[key] = _Inner(split, blocks, placed, costs, prices)
+        honest = prices if isinstance(prices, RandomPrices) else Prices(self.cluster, mesh, count)
+        costs = self._costs(space, blocks, placed, honest)
+        self.inner[key] = _Inner(split, blocks, placed, costs, honest)
         return self.inner[key]
 
     def _pin(self, space: Space) -> None:
@@ -333,7 +337,7 @@ def _thin(space: Space, seed: int) -> None:
 
 def _shard_storage(space: Space, placed: Placements) -> None:
     """Where dp replicates a parameter that isn't tiny, store a shard of it on each rank (ZeRO; Rajbhandari et al., 2020)."""
-    dp, tp = space.sizes
+    dp = space.sizes[0]
     if dp == 1:
         return
     graph = space.split.graph
@@ -342,15 +346,10 @@ def _shard_storage(space: Space, placed: Placements) -> None:
         layout = placed.storage[v.name]
         if layout[0].kind == "S" or v.tensor.bytes < total * 0.002:
             continue
-        for d, n in enumerate(v.tensor.shape):
-            free = layout[1].kind != "S" or layout[1].dim != d or compatible((), dp, layout[1].cut, tp, n)
-            if n % dp == 0 and free and (layout[1].kind != "S" or layout[1].dim != d):
-                placed.storage[v.name] = replace_first(layout, S(d))
-                break
+        free = [d for d, n in enumerate(v.tensor.shape) if n >= dp and not (layout[1].kind == "S" and layout[1].dim == d)]
+        if free:
+            even = [d for d in free if v.tensor.shape[d] % dp == 0]
+            placed.storage[v.name] = (S((even or free)[0]), *layout[1:])
 
 
-def replace_first(layout: Layout, t: Type) -> Layout:
-    return (t, *layout[1:])
-
-
-__all__ = ["Cluster", "random_plan", "replace", "search"]
+__all__ = ["Cluster", "random_plan", "search"]

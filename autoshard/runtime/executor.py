@@ -55,6 +55,11 @@ class Executor:
         self.drops = self.last_uses()
         self.loss_stage = next((s for s in range(program.mesh.size("pp")) if _makes_loss(program.ranks[self.peer(s)])), 0)
         self.makes_loss = _makes_loss(rank)
+        stages = [program.ranks[self.peer(s)] for s in range(program.mesh.size("pp"))]
+        shared = [path for path in rank.buffers if all(path in s.buffers for s in stages)]
+        makers = {path: [s.stage for s in stages if path in s.updates] for path in shared}
+        self.updaters = {path: found[0] for path, found in makers.items() if found and len(found) < len(stages)}
+        """Updated buffer that all stages store → the stage that makes its new content, where the others don't."""
 
     def peer(self, stage: int) -> int:
         """The rank that runs another stage of the same replica."""
@@ -213,10 +218,13 @@ class Step:
             self.loss = yield Meet("broadcast", "pp", self.loss, (self.x.loss_stage,), "the loss")
 
     def U(self, action: Action) -> Generator[Request, Any, None]:
-        for path, name in self.x.rank.updates.items():
-            self.state.buffers[path].copy_(self.env[name])
-        return
-        yield
+        for path, buffer in self.state.buffers.items():
+            mine = self.x.rank.updates.get(path)
+            new = buffer if mine is None else self.env[mine]
+            if path in self.x.updaters:  # every stage stores the buffer, and may read it in the next step
+                new = yield Meet("broadcast", "pp", new.to(buffer.dtype).clone(), (self.x.updaters[path],), f"the update of {path}")
+            if new is not buffer:
+                buffer.copy_(new)
 
     # ---- modules ----------------------------------------------------------------------------------------------------
 

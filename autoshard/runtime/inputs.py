@@ -109,7 +109,8 @@ class Reader:
 
     def rank_input(self, r: RankInput, step: StepInputs, mb: int | None) -> torch.Tensor:
         if r.kind == "seed":
-            return torch.tensor(mix(step.seed, r.order), dtype=torch.int64, device=self.device)
+            # filled where it lies: a copy from the host would wait for the device
+            return torch.full((), mix(step.seed, r.order), dtype=torch.int64, device=self.device)
         if r.kind == "dropout":
             return self.mask(r, step, mb)
         key = (r, mb)

@@ -47,7 +47,8 @@ def check_elementwise(cls: type[optim.Optimizer]) -> None:
 
 
 class ShardedOptimizer(optim.Optimizer):
-    """Steps local shards. `groups`: (name pattern, options) pairs; `names`: all of the model's names that a pattern may mean."""
+    """Steps local shards. `groups`: (name pattern, options) pairs; `names`: all of the model's names that a pattern may mean;
+    `masters`: whether parameters of low precision are stepped in float32 (or as they are: less memory, and small steps get lost)."""
 
     def __init__(
         self,
@@ -55,11 +56,13 @@ class ShardedOptimizer(optim.Optimizer):
         named: Sequence[tuple[str, nn.Parameter]],
         groups: Sequence[tuple[str, dict[str, Any]]] = (),
         names: Sequence[str] = (),
+        masters: bool = True,
         **options: Any,
     ) -> None:
         check_elementwise(cls)
         self.named = list(named)
-        self.masters = {name: nn.Parameter(p.detach().float()) for name, p in named if p.dtype in (torch.bfloat16, torch.float16)}
+        low = [(name, p) for name, p in named if masters and p.dtype in (torch.bfloat16, torch.float16)]
+        self.masters = {name: nn.Parameter(p.detach().float()) for name, p in low}
         if named and "fused" in inspect.signature(cls).parameters and all(p.is_cuda for _, p in named):
             # one kernel for all shards; anything said about it stands
             if not {"fused", "foreach", "capturable", "differentiable"} & options.keys():

@@ -242,11 +242,17 @@ class Trainable(ABC):
                 param.grad.zero_()
 
     def optimizer(
-        self, cls: type[torch.optim.Optimizer], groups: Sequence[tuple[str, dict[str, Any]]] = (), **options: Any
+        self,
+        cls: type[torch.optim.Optimizer],
+        groups: Sequence[tuple[str, dict[str, Any]]] = (),
+        *,
+        masters: bool = True,
+        **options: Any,
     ) -> ShardedOptimizer:
-        """An optimizer on the shards. `groups`: (name pattern, options), the first that matches a parameter's name decides."""
+        """An optimizer on the shards. `groups`: (name pattern, options), the first that matches a parameter's name decides. `masters`:
+        step bfloat16 and float16 parameters in float32."""
         named = [(name, param) for name, param in self.named_parameters() if param.requires_grad]
-        made = ShardedOptimizer(cls, named, groups, [p for p, o in self.owner.items() if p == o], **options)
+        made = ShardedOptimizer(cls, named, groups, [p for p, o in self.owner.items() if p == o], masters, **options)
         self.optimizers.append(made)
         return made
 

@@ -1,16 +1,16 @@
 """capture(model, …) -> Captured: a plain model and an example batch become one Graph in normal form.
 
-The model runs once, on fake tensors, with what it would do in training: forward and the loss. What comes out is described in
-`docs/graph.md`: straight-line functional ops of a small vocabulary, with every parameter, buffer and input named.
+The model runs once, on fake tensors, with what it would do in training: forward and the loss. What comes out is a straight line of functional
+ops of a small vocabulary (the rules of `normalise/` say which), with every parameter, buffer and input named, and every op's source line.
 
 >>> import torch
->>> model = torch.nn.Linear(3, 2)
+>>> model = torch.nn.Linear(3, 2, bias=False)
 >>> captured = capture(model, (torch.ones(4, 3),), loss=lambda y: y.square().mean())
->>> print(captured)
-weight: float32[2, 3] param weight
-bias: float32[2] param bias
-input: float32[4, 3] input args.0
-linear: float32[4, 2] = aten.linear.default(input, weight)
+>>> for op in captured.graph.ops:
+...     print(op)
+aten.linear.default(args_0, weight)
+aten.square.default(linear)
+aten.mean.dim(square, (0, 1), False)
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def capture(
     """Capture `model(*args, **kwargs)` and its loss.
 
     `loss(output)` makes a scalar of the model's output; without it the output itself, its `.loss` or its `["loss"]` is the loss.
-    `batch_dims`: by argument (`labels`, `args.0`, `kwargs.cache.0`) the batch dim, or None for no batch. By default it is dim 0 of every tensor
-    whose size there is that of the first tensor input's. `times` and `dump` go to the pass runner. Raises CaptureError.
+    `batch_dims`: by argument (`labels`, `args.0`, `kwargs.cache.0`) the batch dim, or None for no batch. By default it is dim 0 of every
+    tensor whose size there is that of the first tensor input's. `times` and `dump` go to the pass runner. Raises CaptureError.
     """
     check_model(model)
     check_autocast()
@@ -61,6 +61,7 @@ def capture(
     inputs = [(n, p, d) for n, p, d in zip(names, paths, dims, strict=True) if n is not None]
     captured = Reader(exported.program, owners, trainable, exported.draws).read(inputs, exported.outputs, exported.opaque)
     captured.graph.tied = tied
+    captured.graph.notes += exported.notes
     plain = tuple(None if n is not None else leaf for n, leaf in zip(names, leaves, strict=True))
     captured.spec = InputSpec(tree, tuple(paths), tuple(names), plain)
     verify(captured)
@@ -112,5 +113,3 @@ def _owners(model: torch.nn.Module) -> tuple[dict[str, str], dict[str, str]]:
         for name, tensor in named(remove_duplicate=False):
             owners[name] = first.setdefault(id(tensor), name)
     return owners, {name: owner for name, owner in owners.items() if name != owner}
-
-

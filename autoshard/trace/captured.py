@@ -58,7 +58,7 @@ class Captured:
     def flatten(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         """The tensors of a call by input value name. Raises BatchError where it differs from the captured call."""
         assert self.spec is not None
-        found, tree = pytree.tree_flatten_with_path((tuple(args), dict(kwargs or {})))
+        found, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs or {})))
         by_path = {path_text(path): leaf for path, leaf in found}
         missing, extra = set(self.spec.paths) - set(by_path), set(by_path) - set(self.spec.paths)
         if missing or extra:
@@ -120,5 +120,3 @@ def _check_plain(path: str, leaf: Any, plain: Any) -> None:
     if type(leaf) is type(plain) and (leaf is plain or leaf == plain):
         return
     raise BatchError(f"{path} is {leaf!r}, but {plain!r} was captured", hint="an argument that isn't a tensor is fixed at capture")
-
-

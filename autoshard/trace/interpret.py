@@ -65,12 +65,12 @@ def call(
     opaque: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Any:
     """Run one op. `device`: where factory ops create. `opaque`: callables to use directly (without it the custom op looks the key up)."""
-    args, kwargs = _dtypes(args), _dtypes(dict(kwargs))
+    args, options = _dtypes(args), _dtypes(dict(kwargs))
     if device is not None and is_factory(target):
-        kwargs["device"] = device
+        options["device"] = device
     if opaque is not None and target == "autoshard.opaque.default":
         return tuple(opaque[args[0]](*args[1]))
-    found = resolve(target)(*args, **kwargs)
+    found = resolve(target)(*args, **options)
     return tuple(found) if isinstance(found, (list, tuple)) else found
 
 

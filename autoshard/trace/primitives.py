@@ -10,6 +10,7 @@ tensor([2., 0.])
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,9 +22,25 @@ from torch import Tensor
 
 def pick(x: Tensor, labels: Tensor) -> Tensor:
     """x [..., V], labels [...] -> x[..., labels], and 0 (without gradient) where a label lies outside [0, V)."""
-    valid = (labels >= 0) & (labels < x.shape[-1])
-    found = x.gather(-1, torch.where(valid, labels, 0).long().unsqueeze(-1)).squeeze(-1)
-    return torch.where(valid, found, torch.zeros((), dtype=x.dtype, device=x.device))
+    return Pick.apply(x, labels)
+
+
+class Pick(torch.autograd.Function):
+    """`pick`, whose backward is a comparison, that fuses with what else makes x's gradient; gather's own is a scatter into zeros."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, labels: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(labels)
+        ctx.classes = x.shape[-1]
+        valid = (labels >= 0) & (labels < x.shape[-1])
+        found = x.gather(-1, torch.where(valid, labels, 0).long().unsqueeze(-1)).squeeze(-1)
+        return torch.where(valid, found, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        (labels,) = ctx.saved_tensors
+        here = torch.arange(ctx.classes, device=labels.device) == labels.unsqueeze(-1)
+        return torch.where(here, grad.unsqueeze(-1), torch.zeros((), dtype=grad.dtype, device=grad.device)), None
 
 
 def dropout_mask(
@@ -38,9 +55,9 @@ def dropout_mask(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0) -> Tensor:
-    """softmax(scale · q kᵀ + mask) v; a bool mask keeps where True; causal is aligned top left (query i sees keys ≤ i); fully masked rows give 0.
+    """softmax(scale · q kᵀ + mask) v. A bool mask keeps where True; causal is aligned top left: query i sees keys ≤ i.
 
-    Query head i reads key head i // g. The mask receives no gradient.
+    A fully masked row gives 0. Query head i reads key head i // g. The mask receives no gradient.
     """
     return torch.ops.autoshard.attention(q, k, v, mask, causal, scale)[0]
 
@@ -149,7 +166,7 @@ def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
 
 
 def _fused_applies(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """Whether the flash kernel computes this: CUDA, half precision, no dense mask, one head size of a multiple of 8 up to 256."""
+    """Whether a fused kernel computes this: CUDA, half precision, no dense mask, one head size of a multiple of 8 up to 256."""
     return (
         q.device.type == "cuda"
         and mask is None
@@ -158,13 +175,30 @@ def _fused_applies(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal:
         and 0 < q.shape[-1] <= 256
         and q.shape[-1] % 8 == 0
         and 0 not in (*q.shape, *k.shape)
-        and (not causal or q.shape[2] == k.shape[2])  # the kernel aligns its causal mask bottom right
+        and (not causal or q.shape[2] == k.shape[2])  # the flash kernel aligns its causal mask bottom right
     )
+
+
+def _cudnn_applies(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
+    """From Hopper on cuDNN's kernels are about twice as fast as torch's FlashAttention-2. Its log-sum-exp is the same number, so that
+    forward and backward may choose apart."""
+    if torch.cuda.get_device_capability(q.device)[0] < 9 or q.shape[-1] > 128 or q.shape[2] == 1 or RAGGED:
+        return False
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
+    return torch.backends.cuda.can_use_cudnn_attention(params)
+
+
+# an experiment of torch's that stores cuDNN's log-sum-exp as [b s h]
+RAGGED = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") != "0"
 
 
 def _fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
     if not _fused_applies(q, k, v, mask, causal):
         return None
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    if _cudnn_applies(q, k, v, causal):
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+        return found[0], found[1].reshape(q.shape[:3])  # [b h s 1]
     found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return found[0], found[1]
 
@@ -174,11 +208,25 @@ def _fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     if not _fused_applies(q, k, v, mask, causal):
         return None
-    unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the dropout seed and offset, read only with dropout
-    found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale
-    )
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    # both kernels want dO laid out as O is; cuDNN's cache of graphs doesn't even look
+    grad, out, lse = _heads_inside(grad), _heads_inside(out), lse.contiguous()
+    unused = torch.empty(2, dtype=torch.int64, device=q.device)  # the dropout seed and offset, read only with dropout
+    s, t = q.shape[2], k.shape[2]
+    if _cudnn_applies(q, k, v, causal):
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None, s, t, 0.0, causal, scale=scale
+        )
+    else:
+        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, None, None, s, t, 0.0, causal, unused, unused, scale=scale
+        )
     return found[0], found[1], found[2]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With the last dim dense, as the kernels demand."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ---- opaque: any differentiable callable of tensors as one op
@@ -228,7 +276,9 @@ def _(key: str, tensors: list[Tensor]) -> list[Tensor]:
 @torch.library.custom_op("autoshard::opaque_backward", mutates_args=())
 def opaque_backward(key: str, grads: list[Tensor], tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
     """Gradients of the floating tensors flagged in `needs`, by running the function again under autograd."""
-    with torch.enable_grad():
+    # inside a custom op the dispatcher skips autograd, so that nothing would be recorded and every gradient be 0
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded & torch._C._after_autograd_keyset), torch.enable_grad():
         inputs = [t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
         outs = OPAQUE[key].fn(*inputs)
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
@@ -236,7 +286,8 @@ def opaque_backward(key: str, grads: list[Tensor], tensors: list[Tensor], needs:
         if not pairs:
             return [torch.zeros_like(t) for t in wanted]
         found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-    return [(torch.zeros_like(t) if f is None else f).clone(memory_format=torch.contiguous_format) for t, f in zip(wanted, found, strict=True)]
+    filled = [torch.zeros_like(t) if f is None else f for t, f in zip(wanted, found, strict=True)]
+    return [f.clone(memory_format=torch.contiguous_format) for f in filled]
 
 
 @opaque_backward.register_fake

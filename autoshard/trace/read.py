@@ -30,9 +30,7 @@ _ASSERTIONS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sy
 class Reader:
     """One reading: `values` maps fx nodes to Refs (tuples of Refs for several outputs)."""
 
-    def __init__(
-        self, program: torch.export.ExportedProgram, owners: dict[str, str], trainable: set[str], draws: list[Draw]
-    ) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, owners: dict[str, str], trainable: set[str], draws: list[Draw]) -> None:
         self.program, self.owners, self.trainable, self.draws = program, owners, trainable, draws
         self.graph = Graph()
         self.constants: dict[str, torch.Tensor] = {}
@@ -55,7 +53,7 @@ class Reader:
     # -- sources
 
     def _source(self, node: fx.Node, spec: Any, given: Any) -> None:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         path = (spec.target or "").removeprefix(MODEL + ".")
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             role = "param" if spec.kind is InputKind.PARAMETER else "buffer"
@@ -96,6 +94,7 @@ class Reader:
 
     def _op(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
+            source: Any
             source, index = node.args
             self.values[node] = self.values[source][index]
             return

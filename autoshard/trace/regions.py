@@ -28,6 +28,7 @@ def inline_regions(module: fx.GraphModule, enabled: bool = True) -> None:
     """Inline every region of `module`, in place. `enabled`: whether gradients are on outside of them."""
     made_without: set[fx.Node] = set()
     _inline(module, module.graph, enabled, made_without)
+    _cut_writes(module.graph, made_without)
     _cut_gradients(module.graph, made_without)
     module.graph.lint()
     module.recompile()
@@ -44,6 +45,8 @@ def _inline(owner: fx.GraphModule, graph: fx.Graph, enabled: bool, made_without:
 
 
 def _inline_one(owner: fx.GraphModule, node: fx.Node, enabled: bool, made_without: set[fx.Node]) -> None:
+    handle: Any
+    inner_enabled: Any
     if node.target is GRAD:
         inner_enabled, handle, *args = node.args
     else:
@@ -100,6 +103,50 @@ def _attribute(module: torch.nn.Module, path: str) -> Any:
     for part in path.split("."):
         module = getattr(module, part)
     return module
+
+
+def _cut_writes(graph: fx.Graph, made_without: set[fx.Node]) -> None:
+    """An in-place op with gradients off: what it writes carries no gradient, and what it writes into must have none to lose."""
+    carries = _gradient_carriers(graph, made_without)
+    for node in list(graph.nodes):
+        if node not in made_without or not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if not isinstance(value, fx.Node) or not _floating(value):
+                continue
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                if value in carries:
+                    raise CaptureError(
+                        f"{node.target} changes a tensor that has a gradient, inside no_grad",
+                        where=source_of(node),
+                        hint="make a new tensor instead of writing into that one",
+                    )
+            else:
+                _detach_before(graph, node, value)
+
+
+def _gradient_carriers(graph: fx.Graph, made_without: set[fx.Node]) -> set[fx.Node]:
+    """Floating values that may depend on a parameter through ops with gradients on, and views of them."""
+    carries: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if isinstance(value := node.meta.get("val"), torch.Tensor) and value.requires_grad:
+                carries.add(node)
+        elif node.op == "call_function" and _floating(node) and node.target is not torch.ops.aten.detach.default:
+            if any(i in carries for i in node.all_input_nodes) and (node not in made_without or _is_view(node)):
+                carries.add(node)
+    return carries
+
+
+def _is_view(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def _detach_before(graph: fx.Graph, node: fx.Node, value: fx.Node) -> None:
+    with graph.inserting_before(node):
+        cut = graph.call_function(torch.ops.aten.detach.default, (value,))
+    cut.meta = dict(value.meta)
+    node.replace_input_with(value, cut)
 
 
 def _cut_gradients(graph: fx.Graph, made_without: set[fx.Node]) -> None:

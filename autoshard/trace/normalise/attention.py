@@ -96,9 +96,7 @@ def _before_repeat(b: Builder, x: Ref) -> Ref | None:
     return b.reshape(wide.args[0], (*thin[:2], *thin[3:]))
 
 
-def _explicit(
-    b: Builder, q: Ref, k: Ref, v: Ref, mask: Ref | None, causal: bool, scale: float, draw: int | None
-) -> Ref:
+def _explicit(b: Builder, q: Ref, k: Ref, v: Ref, mask: Ref | None, causal: bool, scale: float, draw: int | None) -> Ref:
     """softmax(scale · q kᵀ + mask) · dropout @ v, spelled out."""
     groups = b.shape(q)[1] // b.shape(k)[1]
     k, v = (_repeat_heads(b, x, groups) for x in (k, v))

@@ -1,8 +1,8 @@
 """Evaluate, once and at capture, what depends on constants and shapes only.
 
-In: a graph in normal form. Out: the same with each such value of at most 1 MiB replaced by a constant. A constant that repeats along a dim is
-stored with size 1 there and expanded, so that no batch size is baked into its contents; pointwise ops are evaluated on those small forms,
-so that a 131k × 131k `mask & True` costs nothing. Buffers and parameters are never folded: their contents may change or be loaded.
+In: a graph in normal form. Out: the same with each such value of at most 1 MiB replaced by a constant. A constant that repeats along a
+dim is stored with size 1 there and expanded, so that no batch size is baked into its contents; pointwise ops are evaluated on those small
+forms, so that a 131k × 131k `mask & True` costs nothing. Buffers and parameters are never folded: their contents may change or be loaded.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from ..interpret import call, is_pointwise
 from ..legal import is_random
 
 LIMIT = 2**20  # bytes of one folded value, as stored
+WORK = 2**26  # bytes of a value that is evaluated only to evaluate others
 
 
 def fold(captured: Captured) -> Captured:
     """Replace constant values by their contents, and drop `& True`."""
-    folded = evaluate(captured)
+    folded = {name: x for name, x in evaluate(captured).items() if x.numel() * x.element_size() <= LIMIT or name in captured.constants}
     result = _replace(captured, folded)
     return rewrite(result, AND_RULES)
 
 
-def evaluate(captured: Captured, limit: int = LIMIT) -> dict[str, Tensor]:
-    """The contents of every constant value within `limit` bytes, each with size 1 along the dims on which it repeats."""
+def evaluate(captured: Captured) -> dict[str, Tensor]:
+    """The contents of every constant value that can be evaluated within WORK, each with size 1 along the dims on which it repeats."""
     graph = captured.graph
     known = {name: compress(tensor) for name, tensor in captured.constants.items()}
     for op in graph.ops:
         if all(name in known for name in op.inputs) and is_pure(op):
-            known.update(_evaluate(graph, op, known, limit))
+            known.update(_evaluate(graph, op, known))
     return known
 
 
@@ -42,7 +43,7 @@ def is_pure(op: Op) -> bool:
     return not op.target.startswith(("autoshard.dropout_mask", "autoshard.opaque")) and not is_random(op.target)
 
 
-def _evaluate(graph: Graph, op: Op, known: dict[str, Tensor], limit: int) -> dict[str, Tensor]:
+def _evaluate(graph: Graph, op: Op, known: dict[str, Tensor]) -> dict[str, Tensor]:
     small = is_pointwise(op.target)
     if op.target == "aten.expand.default":
         return {op.name: _lead_ones(known[op.args[0].name], len(op.args[1]))}
@@ -52,16 +53,14 @@ def _evaluate(graph: Graph, op: Op, known: dict[str, Tensor], limit: int) -> dic
     sizes = [known[name].shape if small else shape for name, shape in zip(op.inputs, shapes, strict=True)]
     outs = [graph.values[name].tensor for name in op.outs]
     bound = _broadcast_bytes(sizes, outs[0].bytes // max(outs[0].numel, 1)) if small else max(out.bytes for out in outs)
-    if bound > limit:
+    if bound > WORK:
         return {}
     args, kwargs = map_refs(
         (op.args, op.kwargs), lambda ref: known[ref.name] if small else known[ref.name].expand(graph.values[ref.name].tensor.shape)
     )
     found = call(op.target, args, kwargs, "cpu")
     results = found if isinstance(found, tuple) else (found,)
-    return {
-        name: compress(_lead_ones(result, len(out.shape))) for name, out, result in zip(op.outs, outs, results, strict=True)
-    }
+    return {name: compress(_lead_ones(result, len(out.shape))) for name, out, result in zip(op.outs, outs, results, strict=True)}
 
 
 def _lead_ones(x: Tensor, ndim: int) -> Tensor:

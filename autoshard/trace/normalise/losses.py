@@ -8,7 +8,7 @@ The mean's divisor is a chain of its own that depends on labels only.
 from __future__ import annotations
 
 from ...errors import CaptureError
-from ..build import Builder, rewrite
+from ..build import Builder, Rule, rewrite
 from ..captured import Captured
 from ..graph import Ref
 from .norms import wide
@@ -96,9 +96,7 @@ def _smooth(b: Builder, loss: Ref, z: Ref, lse: Ref, weight: Ref | None, smoothi
     return b.op(ADD, b.op(MUL, loss, 1 - smoothing), b.op(MUL, total, smoothing / classes))
 
 
-def _with_probabilities(
-    b: Builder, z: Ref, lse: Ref, target: Ref, weight: Ref | None, reduction: int, smoothing: float
-) -> Ref:
+def _with_probabilities(b: Builder, z: Ref, lse: Ref, target: Ref, weight: Ref | None, reduction: int, smoothing: float) -> Ref:
     if smoothing > 0:
         target = b.op(ADD, b.op(MUL, target, 1 - smoothing), smoothing / b.shape(z)[-1])
     terms = b.op(MUL, b.op(SUB, b.unsqueeze(lse, -1), z), target)
@@ -114,7 +112,7 @@ def _with_probabilities(
     return total if reduction == TOTAL else b.op(DIV, total, rows)
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "aten.cross_entropy_loss.default": cross_entropy,
     **dict.fromkeys(["aten.nll_loss_nd.default", "aten.nll_loss.default"], nll),
     **dict.fromkeys(["aten.nll_loss_forward.default", "aten.nll_loss2d_forward.default"], nll_forward),

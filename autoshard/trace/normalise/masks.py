@@ -17,7 +17,7 @@ from ..graph import Op, Ref, map_refs
 from ..interpret import call
 from .fold import is_pure
 
-LIMIT = 2**30  # bytes of any value evaluated only to look at it
+LIMIT = 2**28  # bytes of any value evaluated only to look at it
 ANDS = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
 # how `a ? b` reads with the key's number on the left: key ? query
 COMPARISONS = {"aten.le.Tensor": "le", "aten.lt.Tensor": "lt", "aten.ge.Tensor": "ge", "aten.gt.Tensor": "gt"}
@@ -58,9 +58,9 @@ def _conjuncts(b: Builder, mask: Ref) -> list[Ref]:
 
 
 def _kind(b: Builder, mask: Ref, s: int, t: int) -> str:
-    """"causal", "all" (admits everything), or "" for any other."""
-    if b.shape(mask)[:2] == (1, 1) and b.shape(mask)[2:] == (s, t) and _orthogonal_causal(b, mask):
-        return "causal"
+    """ "causal", "all" (admits everything), or "" for any other."""
+    if b.shape(mask) == (1, 1, s, t) and (compared := _comparison(b, mask)) is not None:
+        return _kind_of_comparison(*compared)
     found = _contents(b, mask)
     if found is None or found.shape[:2] != (1, 1):
         return ""
@@ -75,27 +75,34 @@ def _kind(b: Builder, mask: Ref, s: int, t: int) -> str:
     return ""
 
 
-def _orthogonal_causal(b: Builder, mask: Ref) -> bool:
-    """Whether the mask is a comparison of a constant per key with one per query that holds exactly for keys up to the query."""
+def _comparison(b: Builder, mask: Ref) -> tuple[str, Tensor, Tensor] | None:
+    """`key ? query` where the mask compares a constant per key with one per query: the relation (le or lt), keys, queries."""
     op = b.producer.get(mask.name)
     if op is None or op.target not in COMPARISONS or not all(isinstance(a, Ref) for a in op.args):
-        return False
+        return None
     relation = COMPARISONS[op.target]
     tensors = [b.constants.get(a.name) for a in op.args]
-    if any(x is None or x.ndim != 4 or x.shape[:2] != (1, 1) for x in tensors):
-        return False
+    if any(x is None or x.ndim != 4 or x.shape[:2] != (1, 1) or 1 not in x.shape[2:] for x in tensors):
+        return None
     left, right = (x[0, 0] for x in tensors if x is not None)
-    if left.shape[0] > 1:
+    if left.shape[0] > 1 or right.shape[1] > 1:
         left, right, relation = right, left, MIRROR[relation]
     if left.shape[0] != 1 or right.shape[1] != 1:
-        return False
+        return None
     keys, queries = left[0], right[:, 0]
     if relation in ("ge", "gt"):  # key ≥ query is -key ≤ -query
         keys, queries, relation = -keys, -queries, MIRROR[relation]
+    return relation, keys, queries
+
+
+def _kind_of_comparison(relation: str, keys: Tensor, queries: Tensor) -> str:
+    """As `_kind`, in linear time."""
+    if bool((keys.max() <= queries.min()) if relation == "le" else (keys.max() < queries.min())):
+        return "all"
     if bool((keys[1:] < keys[:-1]).any()):
-        return False
-    admitted = torch.searchsorted(keys, queries, right=relation == "le")  # of ascending keys, how many hold
-    return torch.equal(admitted, torch.arange(1, len(queries) + 1).clamp(max=len(keys)))
+        return ""
+    admitted = torch.searchsorted(keys, queries, right=relation == "le")  # of ascending keys, how many are admitted
+    return "causal" if torch.equal(admitted, torch.arange(1, len(queries) + 1).clamp(max=len(keys))) else ""
 
 
 def _contents(b: Builder, value: Ref) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..build import Builder, rewrite
+from ..build import Builder, Rule, rewrite
 from ..captured import Captured
 from ..graph import Ref
 
@@ -78,7 +78,7 @@ def einsum(b: Builder, equation: str, operands: Sequence[Ref], path: None = None
     return b.op("aten.einsum.default", equation, tuple(operands))
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "aten.linear.default": linear,
     "aten.mm.default": mm,
     "aten.addmm.default": addmm,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ...errors import CaptureError
-from ..build import Builder, rewrite
+from ..build import Builder, Rule, rewrite
 from ..captured import Captured
 from ..graph import Ref
 from .reductions import moments
@@ -25,9 +25,7 @@ def layer_norm(
     return b.op("aten.layer_norm.default", x, tuple(shape), w, bias, eps)
 
 
-def native_layer_norm(
-    b: Builder, x: Ref, shape: Sequence[int], w: Ref | None, bias: Ref | None, eps: float
-) -> tuple[Ref | None, ...]:
+def native_layer_norm(b: Builder, x: Ref, shape: Sequence[int], w: Ref | None, bias: Ref | None, eps: float) -> tuple[Ref | None, ...]:
     return layer_norm(b, x, shape, w, bias, eps), None, None
 
 
@@ -134,7 +132,7 @@ def embedding(b: Builder, w: Ref, ids: Ref, padding: int = -1, scale_by_freq: bo
     return b.op("aten.where.self", is_pad, b.op("aten.detach.default", e), e)
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "aten.layer_norm.default": layer_norm,
     "aten.native_layer_norm.default": native_layer_norm,
     "aten.rms_norm.default": rms_norm,

@@ -1,4 +1,4 @@
-"""Reductions with explicit dims and dtypes: `sum.dim_IntList`, `mean.dim`, `amax`, `amin`, `softmax.int`, `log_softmax.int`, cumulative sums."""
+"""Reductions with explicit dims and dtypes: `sum.dim_IntList`, `mean.dim`, `amax`, `amin`, `softmax.int`, `log_softmax.int`, cumsum."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def moments(b: Builder, x: Ref, dims: Dims, correction: float, keepdim: bool) ->
     return b.op("aten.div.Tensor", total, max(divisor, 0)), b.reshape(mean_kept, b.shape(total))
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "aten.sum.default": sum_all,
     "aten.sum.dim_IntList": sum_,
     "aten.mean.default": mean_all,

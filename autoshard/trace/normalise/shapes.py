@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..build import Builder, rewrite
+from ..build import Builder, Rule, rewrite
 from ..captured import Captured
 from ..graph import Ref
 
@@ -197,9 +197,7 @@ def constant_pad(b: Builder, x: Ref, padding: Sequence[int], value: float = 0) -
     return b.op("aten.constant_pad_nd.default", x, tuple(padding), float(value) if b.value(x).tensor.floating else int(value))
 
 
-def slice_scatter(
-    b: Builder, x: Ref, src: Ref, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Ref:
+def slice_scatter(b: Builder, x: Ref, src: Ref, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Ref:
     dim %= b.ndim(x)
     start, end, step = slice(start, end, step).indices(b.shape(x)[dim])
     src = b.to(src, b.dtype(x))
@@ -216,7 +214,7 @@ def copy(b: Builder, x: Ref, src: Ref, non_blocking: bool = False) -> Ref:
     return b.expand(b.to(src, b.dtype(x)), b.shape(x))
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ["aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.view_copy.default", "aten._reshape_copy.default"],
         reshape,

@@ -36,4 +36,13 @@ def localize(op: Op, held: Held, out_shape: tuple[int, ...]) -> tuple[Any, ...]:
         return (x, tuple(int(n) for n in np.diff(edges)), dim)
     if op.target == "autoshard.dropout_mask.default":
         return (out_shape, *args[1:])
+    if op.target in _GROUPED:
+        at, x, w = _GROUPED[op.target], args[0], args[1]
+        spatial = len(args[3]) if op.target == "aten.convolution.default" else int(op.target[9])
+        if len(args) > at and args[at] > 1 and len(out_shape) == spatial + 2 and not (at == 8 and args[6]):
+            return (*args[:at], len(held(x.name, 1)) // len(held(w.name, 1)), *args[at + 1 :])
     return args
+
+
+_GROUPED = {"aten.convolution.default": 8, "aten.conv1d.default": 6, "aten.conv2d.default": 6, "aten.conv3d.default": 6}
+"""Where a convolution's number of groups stands."""

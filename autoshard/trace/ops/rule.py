@@ -224,7 +224,7 @@ def factor_cuts(
 
 
 def _with_cut(factor: Factor, cut: Cut, operands: Sequence[Value], outs: Sequence[Value], parts: int) -> Strategy | None:
-    if not divisible(cut, factor.size, parts):
+    if not divisible(cut, factor.size, parts) or (factor.body in _OFFSET and (len(cut) > 1 or any(o > 1 for o, _, _ in cut))):
         return None
 
     def shard(v: Value, place: Place) -> Type | None:
@@ -249,3 +249,7 @@ def _with_cut(factor: Factor, cut: Cut, operands: Sequence[Value], outs: Sequenc
             return None
         results.append(out)
     return Strategy(tuple(ins), tuple(results), factor.body)
+
+
+_OFFSET = ("embedding", "pick")
+"""Bodies that know of their shard only where it starts, so that it has to be contiguous."""

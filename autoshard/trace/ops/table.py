@@ -37,11 +37,15 @@ def pointwise(op: Op, values: Mapping[str, Value]) -> Rule:
 
 
 def jointly_linear(op: Op, values: Mapping[str, Value]) -> Rule:
-    """add, sub, where, and friends: linear in all tensor operands together, if no operand is a plain number."""
+    """add, sub, where, and friends: linear in all floating operands together, if nothing else is added: no number, no integers."""
     tensors = [i for i, name in enumerate(op.inputs) if values[name].tensor.floating]
-    numbers = any(isinstance(a, (int, float)) and a != 0 for a in op.args)
+    conditions = [i for i, name in enumerate(op.inputs) if values[name].tensor.dtype == "bool" and op.target.startswith(_CONDITIONED)]
+    others = len(tensors) + len(conditions) < len(op.inputs) or any(isinstance(a, (int, float)) and a != 0 for a in op.args)
     base = pointwise(op, values)
-    return Rule(base.factors, () if numbers or not tensors else (frozenset(tensors),))
+    return Rule(base.factors, () if others or not tensors else (frozenset(tensors),))
+
+
+_CONDITIONED = ("aten.where.", "aten.masked_fill.")
 
 
 def separately_linear(op: Op, values: Mapping[str, Value]) -> Rule:
@@ -57,9 +61,26 @@ def linear_in_first(op: Op, values: Mapping[str, Value]) -> Rule:
     return Rule(base.factors, (frozenset({0}),) if first and values[op.outs[0]].tensor.floating else ())
 
 
+def linear_in(*groups: str) -> RuleFunction:
+    """Elementwise, and linear in these groups of operands: "0" for one alone, "01" for both together."""
+    found = tuple(frozenset(map(int, group)) for group in groups)
+
+    def rule(op: Op, values: Mapping[str, Value]) -> Rule:
+        return Rule(pointwise(op, values).factors, found)
+
+    return rule
+
+
 def masked_fill(op: Op, values: Mapping[str, Value]) -> Rule:
     base = pointwise(op, values)
     return Rule(base.factors, (frozenset({0}),) if op.args[2] == 0 else ())
+
+
+def prelu(op: Op, values: Mapping[str, Value]) -> Rule:
+    """One weight a channel (dim 1), or one for all."""
+    (shape, weight), _ = _shapes(op, values)
+    own = Place(0) if weight and weight[0] > 1 else None
+    return Rule(tuple(Factor(str(d), n, (Place(d), own if d == 1 else None), (Place(d),)) for d, n in enumerate(shape) if n > 1))
 
 
 def reduction(result: str | None, body: str = "", linear: bool = False) -> RuleFunction:
@@ -67,7 +88,7 @@ def reduction(result: str | None, body: str = "", linear: bool = False) -> RuleF
 
     def rule(op: Op, values: Mapping[str, Value]) -> Rule:
         (shape, *_), _ = _shapes(op, values)
-        dims, keep = _dims(op, len(shape)), bool(op.args[2]) if len(op.args) > 2 else False
+        dims, keep = _dims(op, len(shape)), bool(op.args[2] if len(op.args) > 2 else op.kwargs.get("keepdim", False))
         kept = [d for d in range(len(shape)) if keep or d not in dims]
         factors = []
         for d, n in enumerate(shape):
@@ -89,20 +110,22 @@ def _dims(op: Op, rank: int) -> tuple[int, ...]:
     return tuple(d % rank for d in ((dims,) if isinstance(dims, int) else dims))
 
 
-def along(position: int = 1, default: int = -1) -> RuleFunction:
-    """softmax, cumsum, topk, sort, flip: whole along the dim(s) in args[position], free along all others."""
+def along(position: int = 1, default: int | None = -1, linear: bool = False) -> RuleFunction:
+    """softmax, cumsum, topk, sort, flip: whole along the dim(s) in args[position], free along all others. `default`: the dim
+    where the call names none, None for all of them."""
 
     def rule(op: Op, values: Mapping[str, Value]) -> Rule:
         ins, outs = _shapes(op, values)
-        dims = op.args[position] if len(op.args) > position else default
+        dims = op.args[position] if len(op.args) > position and op.args[position] != () else default
         rank = len(outs[0])
-        blocked = {d % rank for d in ((dims,) if isinstance(dims, int) else dims)} if rank else set()
+        blocked = {d % rank for d in (range(rank) if dims is None else (dims,) if isinstance(dims, int) else dims)} if rank else set()
         return Rule(
             tuple(
                 Factor(str(d), n, tuple(Place(d) for _ in ins), tuple(Place(d) for _ in outs))
                 for d, n in enumerate(outs[0])
                 if d not in blocked and n > 1 and all(len(s) == rank and s[d] == n for s in ins)
-            )
+            ),
+            (frozenset({0}),) if linear and values[op.inputs[0]].tensor.floating else (),
         )
 
     return rule
@@ -206,10 +229,10 @@ def gather(op: Op, values: Mapping[str, Value]) -> Rule:
     factors = []
     for d, n in enumerate(idx):
         if n > 1 and d == dim:
-            factors.append(Factor(str(d), n, (None, Place(d)), (Place(d),)) if len(x) == 1 else None)
+            factors.append(Factor(str(d), n, (None, Place(d)), (Place(d),)))
         elif n > 1 and x[d] == n:
             factors.append(Factor(str(d), n, (Place(d), Place(d)), (Place(d),)))
-    return Rule(tuple(f for f in factors if f), (frozenset({0}),))
+    return Rule(tuple(factors), (frozenset({0}),))
 
 
 def index_select(op: Op, values: Mapping[str, Value]) -> Rule:
@@ -224,23 +247,34 @@ def index_select(op: Op, values: Mapping[str, Value]) -> Rule:
 def pad(op: Op, values: Mapping[str, Value]) -> Rule:
     (shape, *_), _ = _shapes(op, values)
     padded = {len(shape) - 1 - i // 2 for i, n in enumerate(op.args[1]) if n}
-    zero = (op.args[2] if len(op.args) > 2 else 0) == 0
+    mode, value = (*op.args[2:4], None)[:2] if op.target == "aten.pad.default" and len(op.args) > 2 else ("constant", (*op.args, 0)[2])
+    zero = mode != "constant" or not value
     factors = tuple(Factor(str(d), n, (Place(d),), (Place(d),)) for d, n in enumerate(shape) if d not in padded and n > 1)
     return Rule(factors, (frozenset({0}),) if zero else ())
 
 
 def convolution(op: Op, values: Mapping[str, Value]) -> Rule:
-    """x b c …, w o c …: batch, output channels, and input channels (summed) where there is one group and no bias."""
+    """x b (g c) …, w (g o) c … -> b (g o) …: batch, groups, or in a single group output channels and input channels (summed, where
+    there is no bias). A transposed one has w c o …."""
     ins, outs = _shapes(op, values)
-    groups = op.args[8] if "convolution" in op.target and len(op.args) > 8 else op.args[6] if len(op.args) > 6 else 1
-    bias = len(ins) > 2
-    rest = (None,) * (len(ins) - 2)
-    factors = [Factor("b", ins[0][0], (Place(0), None, *rest), (Place(0),))] if ins[0][0] > 1 and len(ins[0]) == len(outs[0]) else []
-    if groups == 1:
-        factors.append(Factor("o", ins[1][0], (None, Place(0), *((Place(0),) if bias else ())), (Place(1),)))
-        if not bias and ins[1][1] > 1:
-            factors.append(Factor("c", ins[1][1], (Place(1), Place(1)), ("sum",)))
-    return Rule(tuple(f for f in factors if f.size > 1))
+    (x, w, *bias), general = ins, op.target == "aten.convolution.default"
+    groups = (op.args[8] if general else op.args[6]) if len(op.args) > (8 if general else 6) else 1
+    transposed = general and op.args[6]
+    if len(x) != len(w):
+        return Rule(why="a convolution of one example without a batch dim")
+    if transposed and groups > 1:
+        return Rule((Factor("b", x[0], (Place(0), None, *(None for _ in bias)), (Place(0),)),) if x[0] > 1 else ())
+    out = outs[0][1]
+    factors = [Factor("b", x[0], (Place(0), None, *(None for _ in bias)), (Place(0),))]
+    if groups > 1:
+        o = Place(0, inner=out // groups)
+        factors.append(Factor("g", groups, (Place(1, inner=w[1]), o, *(o for _ in bias)), (Place(1, inner=out // groups),)))
+    else:
+        factors.append(Factor("o", out, (None, Place(int(transposed)), *(Place(0) for _ in bias)), (Place(1),)))
+        if not bias:
+            factors.append(Factor("c", x[1], (Place(1), Place(int(not transposed))), ("sum",)))
+    with_bias = frozenset(range(2, len(ins)))
+    return Rule(tuple(f for f in factors if f.size > 1), (frozenset({0}) | with_bias, frozenset({1}) | with_bias))
 
 
 def opaque(op: Op, values: Mapping[str, Value]) -> Rule:
@@ -249,10 +283,19 @@ def opaque(op: Op, values: Mapping[str, Value]) -> Rule:
 
 _UNARY = """abs acos asin atan bitwise_not ceil cos cosh elu erf exp exp2 expm1 floor gelu hardsigmoid hardswish hardtanh isinf isnan
  leaky_relu log log10 log1p log2 log_sigmoid logical_not mish reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh softplus
- sqrt square tan tanh trunc isfinite sgn celu softsign logit erfinv clamp_min clamp_max frac nan_to_num prelu threshold softshrink
- hardshrink tanhshrink zeros_like ones_like full_like""".split()
-_BINARY = """atan2 bitwise_and bitwise_or bitwise_xor eq floor_divide fmod ge gt le logical_and logical_or logical_xor lt maximum minimum ne pow
- remainder __and__ __or__ __xor__ fmin fmax xlogy hypot __lshift__ __rshift__ bitwise_left_shift bitwise_right_shift""".split()
+ sqrt square tan tanh trunc isfinite sgn celu logit erfinv clamp_min clamp_max frac nan_to_num threshold softshrink
+ hardshrink zeros_like ones_like full_like""".split()
+_BINARY = {
+    "default": "atan2 floor_divide fmax fmin hypot logical_and logical_or logical_xor maximum minimum",
+    "Tensor": """__and__ __lshift__ __or__ __rshift__ __xor__ bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor
+     eq fmod ge gt le lt ne remainder""",
+    "Scalar": """__and__ __lshift__ __or__ __rshift__ __xor__ bitwise_and bitwise_or bitwise_xor eq floor_divide fmod ge gt le lt ne pow
+     remainder""",
+    "Tensor_Scalar": "pow bitwise_left_shift bitwise_right_shift",
+    "Tensor_Tensor": "pow",
+    "Scalar_Tensor": "bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor remainder",
+    "Scalar_Self": "xlogy",
+}
 
 
 def _table() -> dict[str, RuleFunction]:
@@ -265,17 +308,19 @@ def _table() -> dict[str, RuleFunction]:
             table[target] = rule
 
     add(pointwise, *(f"aten.{n}.default" for n in _UNARY))
-    add(pointwise, *(f"aten.{n}.{o}" for n in _BINARY for o in ("Tensor", "Scalar", "default", "Tensor_Scalar", "Tensor_Tensor", "Scalar_Tensor")
-                     ))  # fmt: skip
-    add(pointwise, "aten.clamp.default", "aten.clamp.Tensor", "aten.addcmul.default", "aten.addcdiv.default", "aten.lerp.Scalar", "aten.lerp.Tensor")
+    add(pointwise, *(f"aten.{n}.{overload}" for overload, names in _BINARY.items() for n in names.split()))
+    add(pointwise, "aten.clamp.default", "aten.clamp.Tensor")
+    add(linear_in("01", "02"), "aten.addcmul.default")
+    add(linear_in("01"), "aten.addcdiv.default", "aten.lerp.Scalar", "aten.lerp.Tensor")
     add(jointly_linear, "aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar", "aten.rsub.Tensor")
     add(jointly_linear, "aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
     add(pointwise, "aten.where.Scalar")
     add(separately_linear, "aten.mul.Tensor", "aten.mul.Scalar")
+    add(linear_in_first, "aten.xlogy.Tensor", "aten.xlogy.Scalar_Other")
     add(linear_in_first, "aten.div.Tensor", "aten.div.Scalar", "aten.neg.default", "aten._to_copy.default", "aten.detach.default")
     add(pointwise, "aten.div.Tensor_mode", "aten.div.Scalar_mode")
     add(masked_fill, "aten.masked_fill.Scalar")
-    add(pointwise, "aten.masked_fill.Tensor")
+    add(jointly_linear, "aten.masked_fill.Tensor")
     add(notation("… k, n k -> … n", "0", "1"), "aten.linear.default")
     add(notation("m k, k n -> m n", "0", "1"), "aten.mm.default")
     add(notation("b m k, b k n -> b m n", "0", "1"), "aten.bmm.default")
@@ -292,9 +337,12 @@ def _table() -> dict[str, RuleFunction]:
     add(reduction("max"), "aten.amax.default")
     add(reduction(None), "aten.amin.default", "aten.prod.dim_int", "aten.argmax.default", "aten.max.dim", "aten.min.dim", "aten.any.dim", "aten.all.dim",
         "aten.var.correction", "aten.std.correction", "aten.logsumexp.default", "aten.mode.default")  # fmt: skip
-    add(along(1), "aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumsum.default",
-        "aten.cumprod.default", "aten.sort.default", "aten.flip.default", "aten.argsort.default")  # fmt: skip
-    add(along(2), "aten.topk.default", "aten.roll.default")
+    add(along(1), "aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumprod.default",
+        "aten.sort.default", "aten.argsort.default")  # fmt: skip
+    add(along(1, linear=True), "aten.cumsum.default", "aten.flip.default")
+    add(along(2), "aten.topk.default")
+    add(along(2, default=None, linear=True), "aten.roll.default")
+    add(prelu, "aten.prelu.default")
     add(layer_norm, "aten.layer_norm.default", "aten.rms_norm.default", "aten._fused_rms_norm.default")
     add(embedding, "aten.embedding.default")
     add(pick, "autoshard.pick.default")

@@ -1,0 +1,236 @@
+"""What stands between the model and torch while it is exported: each context manager keeps one meaning that export would drop.
+
+`whole_functions`: custom autograd Functions become one opaque op. `no_checkpoint`: recompute is the plan's choice. `Watch`: decides python
+branches on uniform draws, and refuses gradient hooks. `same_attributes`: forward's assignments to modules are undone. `quiet`: no dumps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..errors import CaptureError
+from . import primitives
+from .provenance import source_here
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _device(tensor: Tensor) -> torch.device:
+    """Fakes of meta tensors pose as CPU tensors, so that they mix with what the model creates."""
+    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+
+
+def fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_device(tensor))
+
+
+@contextmanager
+def same_attributes(model: torch.nn.Module) -> Iterator[None]:
+    """Put back, afterwards, what forward assigned to modules: fake tensors, and python state of a step that never happened."""
+    saved = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep export from printing the whole partial graph when it fails; the error says what there is to say."""
+    space = vars(importlib.import_module("torch.export._trace"))
+    space["print"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del space["print"]
+
+
+# ---- torch.autograd.Function
+
+
+@contextmanager
+def whole_functions(opaque: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """While active, a custom autograd Function is traced as one opaque op, with its own backward."""
+    # Function.apply ends in super().apply, which this shadows; so references to a bound `F.apply` made earlier are caught too
+    base = torch.autograd.function._SingleLevelFunction
+    aside: list[type] = []  # Functions that run now only to learn what they return
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if aside or cls.__module__.split(".")[0] == "torch" or not any(isinstance(a, Tensor) for a in args):
+            return super(base, cls).apply(*args, **kwargs)  # type: ignore[misc]
+        aside.append(cls)
+        try:
+            key, tensors, rebuild = _describe_function(cls, args, opaque)
+        finally:
+            aside.pop()
+        return rebuild(torch.ops.autoshard.opaque(key, tensors))
+
+    base.apply = classmethod(apply)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del base.apply  # type: ignore[attr-defined]
+
+
+def _describe_function(
+    cls: type, args: tuple[Any, ...], opaque: dict[str, Callable[..., Any]]
+) -> tuple[str, list[Tensor], Callable[[list[Tensor]], Any]]:
+    """Register the call. Returns its key, its tensor arguments, and how to make the Function's own result of the opaque op's."""
+    at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    plain = [None if isinstance(a, Tensor) else a for a in args]
+
+    def whole(*tensors: Tensor) -> Any:
+        given: list[Any] = list(plain)
+        for i, t in zip(at, tensors, strict=True):
+            given[i] = t
+        return cls.apply(*given)  # type: ignore[attr-defined]
+
+    def fn(*tensors: Tensor) -> tuple[Tensor, ...]:
+        out = whole(*tensors)
+        return tuple(t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
+
+    tensors = [args[i] for i in at]
+    result = _run_aside(cls, whole, tensors)
+    flat = result if isinstance(result, tuple) else (result,)
+    outs = [t for t in flat if isinstance(t, Tensor)]
+    specs = "".join(f"{tuple(t.shape)}{t.dtype}" for t in (*tensors, *outs))
+    text = f"{cls.__module__}.{cls.__qualname__}{plain!r}{at}{specs}"
+    entry = primitives.Opaque(fn, tuple(tuple(o.shape) for o in outs), tuple(o.dtype for o in outs))
+    key = primitives.register_opaque(f"{cls.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:12]}", entry)
+    opaque[key] = fn
+
+    def rebuild(traced: list[Tensor]) -> Any:
+        given = iter(traced)
+        parts = tuple(_unless_cut(next(given), f) if isinstance(f, Tensor) else f for f in flat)
+        return parts if isinstance(result, tuple) else parts[0]
+
+    return key, tensors, rebuild
+
+
+def _unless_cut(traced: Tensor, probe: Tensor) -> Tensor:
+    return traced if probe.requires_grad or not probe.is_floating_point() else traced.detach()
+
+
+def _run_aside(cls: type, fn: Callable[..., Any], tensors: list[Tensor]) -> Any:
+    """Run the Function on fresh fakes that require gradients, outside of the trace, for its outputs' shapes and differentiability."""
+    with _disable_current_modes(), torch.enable_grad():
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        probes = [fake_like(t, mode).requires_grad_(t.is_floating_point()) for t in tensors]
+        inputs = [p.view_as(p) for p in probes]  # not leaves: an in-place Function would fail on those for another reason
+        versions = [p._version for p in inputs]
+        with mode:
+            try:
+                outs = fn(*inputs)
+            except Exception as error:
+                raise CaptureError(
+                    f"the autograd Function {cls.__qualname__} can't run on fake tensors: {first_line(error)}",
+                    where=source_here(),
+                    hint="wrap its kernel as a torch.library.custom_op with a registered fake",
+                ) from error
+        if [p._version for p in inputs] != versions:
+            raise CaptureError(
+                f"the autograd Function {cls.__qualname__} writes into its inputs", where=source_here(), hint="return new tensors"
+            )
+        return outs
+
+
+# ---- gradient checkpointing: recompute is the plan's choice, so the wrapper captures as if absent
+
+
+@contextmanager
+def no_checkpoint() -> Iterator[None]:
+    space = torch.utils.checkpoint
+
+    class Direct:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    saved = {name: getattr(space, name) for name in ("CheckpointFunction", "_checkpoint_without_reentrant_generator")}
+    space.CheckpointFunction = Direct  # type: ignore[assignment,misc]
+    space._checkpoint_without_reentrant_generator = nothing  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(space, name, value)
+
+
+# ---- python that looks at tensors
+
+
+class Watch(TorchFunctionMode):
+    """Sees the model's calls into torch: decides branches on uniform draws that have one outcome, refuses hooks and inner backward.
+
+    A value in [0, 1) compared with a number outside decides the comparison: `torch.rand([]) < 0.0` is False whatever is drawn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bounds: dict[int, tuple[Tensor, float, float]] = {}
+        self.known: dict[int, tuple[Tensor, bool]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("register_hook", "register_post_accumulate_grad_hook"):
+            raise CaptureError(f"forward calls Tensor.{name}, which capture would drop", where=source_here(), hint="remove the hook")
+        if name in ("__bool__", "item") and args and id(args[0]) in self.known:
+            return self.known[id(args[0])][1]
+        if func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
+            raise CaptureError(f"forward calls {name}, which can't be captured", where=source_here(), hint="write that gradient as ops")
+        out = func(*args, **kwargs)
+        if name in ("rand", "rand_like"):
+            self.bounds[id(out)] = (out, 0.0, 1.0)
+        elif name == "uniform_":
+            low = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
+            self.bounds[id(out)] = (out, float(low), float(args[2] if len(args) > 2 else kwargs.get("to", 1.0)))
+        elif name in _OUTCOMES and len(args) == 2 and not kwargs and id(args[0]) in self.bounds and isinstance(args[1], (int, float)):
+            _, low, high = self.bounds[id(args[0])]
+            outcome = _OUTCOMES[name](low, high, args[1])
+            if outcome is not None:
+                self.known[id(out)] = (out, outcome)
+        return out
+
+
+def _below(low: float, high: float, x: float) -> bool | None:
+    return False if x <= low else True if x >= high else None
+
+
+def _at_most(low: float, high: float, x: float) -> bool | None:
+    return False if x < low else True if x >= high else None
+
+
+def _not(outcome: bool | None) -> bool | None:
+    return None if outcome is None else not outcome
+
+
+# whether every, or no, value of [low, high) stands in the relation to x
+_OUTCOMES: dict[str, Callable[[float, float, float], bool | None]] = {
+    "__lt__": _below, "lt": _below, "less": _below,
+    "__le__": _at_most, "le": _at_most, "less_equal": _at_most,
+    "__ge__": lambda low, high, x: _not(_below(low, high, x)), "ge": lambda low, high, x: _not(_below(low, high, x)),
+    "__gt__": lambda low, high, x: _not(_at_most(low, high, x)), "gt": lambda low, high, x: _not(_at_most(low, high, x)),
+}  # fmt: skip

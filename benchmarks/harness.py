@@ -1,0 +1,156 @@
+"""What every benchmark needs: synchronised timing, peak memory, what was compiled, and a record of it all.
+
+In: callables that run a step. Out: numbers, and a JSON file that says on which machine and with which versions they came about.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(step: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(steps: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call; every round times each of them once, so that a drift of the machine meets all alike."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(warm + rounds):
+        for name, step in steps.items():
+            seconds = timed(step, device)
+            if i >= warm:
+                found[name].append(seconds)
+    return found
+
+
+def median(seconds: list[float]) -> float:
+    return statistics.median(seconds) if seconds else float("nan")
+
+
+def collect() -> None:
+    """Give what nothing refers to any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Memory:
+    """Device bytes beyond those that were held when it was made. On the CPU nothing is counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.base = 0
+        collect()
+        if device.type == "cuda":
+            self.base = torch.cuda.memory_allocated(device)
+            self.restart()
+
+    def restart(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def held(self) -> int:
+        return torch.cuda.memory_allocated(self.device) - self.base if self.device.type == "cuda" else 0
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self.base if self.device.type == "cuda" else 0
+
+    def free(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 1 << 62
+
+
+def compiled() -> dict[str, Any]:
+    """Dynamo's and Inductor's counters since `forget_counters`, as far as they say what ran uncompiled."""
+    from torch._dynamo.utils import counters
+
+    return {
+        "graphs": counters["stats"].get("unique_graphs", 0),
+        "graph_breaks": dict(counters["graph_break"]),
+        "frames_total": counters["frames"].get("total", 0),
+        "frames_ok": counters["frames"].get("ok", 0),
+        "unimplemented": dict(counters["unimplemented"]),
+    }
+
+
+def forget_counters() -> None:
+    """Start counting anew. What is compiled stays."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+
+
+@contextmanager
+def frames(codes: set[CodeType]) -> Iterator[dict[CodeType, int]]:
+    """Counts how often Python itself runs any of these code objects. A function that Dynamo has compiled runs as another one."""
+    ran: dict[CodeType, int] = dict.fromkeys(codes, 0)
+
+    def see(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in ran:
+            ran[frame.f_code] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        yield ran
+    finally:
+        sys.setprofile(before)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions."""
+    found: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in ("torch", "triton", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        found["device_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+    else:
+        found["device"], found["threads"] = platform.processor() or "cpu", torch.get_num_threads()
+    root = Path(__file__).parents[1]
+    # safe.directory: the checkout may be another user's
+    git = subprocess.run(["git", "-c", f"safe.directory={root}", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    found["commit"] = git.stdout.strip()
+    return found
+
+
+def record(name: str, content: Mapping[str, Any], device: torch.device, folder: Path = RESULTS) -> Path:
+    """Write one JSON file; its name says what, where and when."""
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC)
+    where = machine(device)
+    kind = "".join(c if c.isalnum() else "-" for c in str(where["device"]).lower()).strip("-") if device.type == "cuda" else "cpu"
+    path = folder / f"{name}-{kind}-{now:%Y%m%dT%H%M%S}.json"
+    path.write_text(json.dumps({"when": f"{now:%Y-%m-%dT%H:%M:%SZ}", "machine": where, **content}, indent=1) + "\n")
+    return path
