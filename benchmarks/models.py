@@ -1,6 +1,7 @@
 """Models to measure: a plain Llama, written as one writes it for one GPU, and Hugging Face's of the same shape.
 
-Both take `(input_ids, labels)`, and predict each token from those before it; the plain one returns the loss, Hugging Face's an output that has it.
+Both take `(input_ids, labels)`, and predict each token from those before it. The plain one returns the loss, Hugging Face's an output
+that has it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Shape:
         """Of one step: 6 for each matmul weight and token, and attention counted causally.
 
         >>> round(Shape().flops / 1e12, 1)
-        67.4
+        67.3
         """
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv)
         active = self.layers * (attention + 3 * self.hidden * self.ffn) + self.hidden * self.vocab
@@ -132,8 +133,9 @@ def hugging_face(c: Shape) -> nn.Module:
 
     config = LlamaConfig(
         hidden_size=c.hidden, intermediate_size=c.ffn, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv,
-        vocab_size=c.vocab, max_position_embeddings=c.seq, use_cache=False, tie_word_embeddings=False, attn_implementation="sdpa",
+        vocab_size=c.vocab, max_position_embeddings=c.seq, use_cache=False, tie_word_embeddings=False,
     )  # fmt: skip
+    config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config)
 
 

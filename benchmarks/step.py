@@ -232,7 +232,8 @@ def report(a: argparse.Namespace, shape: Shape, runs: list[Run], gpus: int, say:
     for run in runs:
         if run.compiled:
             say(f"{run.name}: {run.compiled}")
-    return {"shape": asdict(shape), "model": a.model, "dtype": a.dtype, "mesh": a.mesh, "flops": shape.flops, "runs": found, "ratios": ratios}
+    asked = {"shape": asdict(shape), "model": a.model, "dtype": a.dtype, "mesh": a.mesh, "flops": shape.flops}
+    return {**asked, "runs": found, "ratios": ratios}
 
 
 def check(runs: list[Run], dtype: torch.dtype) -> None:

@@ -24,7 +24,7 @@ def pick(x: torch.Tensor, labels: torch.Tensor, offset: torch.Tensor) -> torch.T
 
 def mean(x: torch.Tensor, dims: Sequence[int], keep: bool, count: int) -> torch.Tensor:
     """This shard's term of a mean over `count` elements."""
-    return x.sum(dims, keep) / count
+    return x.sum(list(dims), keep) / count
 
 
 def dropout_mask(seed: torch.Tensor, at: Sequence[torch.Tensor], full: tuple[int, ...], p: float, dtype: torch.dtype) -> torch.Tensor:

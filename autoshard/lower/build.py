@@ -66,8 +66,8 @@ class _Builder:
     def rank(self, rank: int) -> RankProgram:
         coords = self.plan.mesh.coords(rank)
         stage = coords["pp"]
-        part = Partitioner(self.graph, self.plan.ops, self.held, self.sizes, (coords["dp"], coords["tp"]), self.plan.microbatches, self.dropout,
-                           self.captured.opaque)  # fmt: skip
+        place, count = (coords["dp"], coords["tp"]), self.plan.microbatches
+        part = Partitioner(self.graph, self.plan.ops, self.held, self.sizes, place, count, self.dropout, self.captured.opaque)
         return _Rank(self, part, rank, coords, stage).build()
 
     def module(self, routine: Routine) -> Module:
@@ -152,7 +152,7 @@ class _Rank:
         return op in self.build_.apart or self.build_.home[op] == self.stage
 
     def _block(self, block: Block, uses: Mapping[str, Any]) -> Routine:
-        b, graph = self.build_, self.build_.graph
+        b = self.build_
         inside = set(block.ops)
         ops = [b.ops[name] for name in block.ops]
         consumers = self._consumers()
@@ -163,7 +163,7 @@ class _Rank:
                     wanted.append((out, b.held[out]))
                 if out in b.root_layout and (out, b.root_layout[out]) not in wanted:
                     wanted.append((out, b.root_layout[out]))
-        return self.part.block(ops, {n: "" for n in uses}, wanted, block.kind)
+        return self.part.block(ops, dict.fromkeys(uses, ""), wanted, block.kind)
 
     def _consumers(self) -> dict[str, set[str]]:
         b = self.build_

@@ -137,7 +137,7 @@ def _extract(
         if node in env or not (node in chosen or (node.op == "get_attr")):
             continue
         env[node] = graph.node_copy(node, lambda n: env[n])
-    graph.output(tuple(env[r] if isinstance(r, fx.Node) else r for r in results))
+    graph.output(tuple(env[r] for r in results if isinstance(r, fx.Node)))
     graph.eliminate_dead_code()
     module = fx.GraphModule(joint, graph)
     return module

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from .program import Call, Module, Program, RankProgram
@@ -54,7 +55,7 @@ def _function(graph: fx.GraphModule, name: str) -> Iterator[str]:
 
 def _shape(node: fx.Node) -> str:
     value = node.meta.get("val")
-    if not hasattr(value, "shape"):
+    if not isinstance(value, torch.Tensor):
         return ""
     return f": '{str(value.dtype).removeprefix('torch.')}{list(value.shape)}'"
 

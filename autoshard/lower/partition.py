@@ -290,9 +290,7 @@ class _Builder:
         return (lambda s, *at: bodies.dropout_mask(s, at, tuple(full), p, kind)), f"dropout {full} {p} {dtype}", [seed, *where]
 
     def _chain(self, n: int, dim: int, layout: Layout) -> tuple[tuple[str, Any], ...]:
-        return tuple(
-            (AXES[a], t.cut) for a, t in enumerate(layout) if t.kind == "S" and t.dim == dim and self.part.sizes[a] > 1
-        )
+        return tuple((AXES[a], t.cut) for a, t in enumerate(layout) if t.kind == "S" and t.dim == dim and self.part.sizes[a] > 1)
 
 
 def replace_args(op: Op, args: tuple[Any, ...]) -> Op:

@@ -48,7 +48,6 @@ class RankInput:
     order: int = 0
     draw: tuple[Any, ...] = ()
 
-
     def tensor(self, sizes: Mapping[str, int], coords: Mapping[str, int]) -> torch.Tensor:
         """The value at these coordinates ("mb" among them), for the kinds that depend on nothing else."""
         if self.kind == "first":
@@ -87,7 +86,9 @@ def chain_positions(n: int, cuts: tuple[tuple[str, Cut], ...], sizes: Mapping[st
     for axis, cut in time:
         held = held[local_positions(len(held), (cut,), (sizes[axis],), (coords[axis],))]
     if space:
-        picked = local_positions(len(held), tuple(c for _, c in space), tuple(sizes[a] for a, _ in space), tuple(coords[a] for a, _ in space))
+        picked = local_positions(
+            len(held), tuple(c for _, c in space), tuple(sizes[a] for a, _ in space), tuple(coords[a] for a, _ in space)
+        )
         held = held[picked]
     return held
 

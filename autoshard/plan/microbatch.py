@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..layout import P, R, Type, local_shape
+from ..layout import P, R, Type, dim_positions, local_shape
 from ..trace.blocks import data_only
 from ..trace.graph import Graph, Op, Ref, Tensor, Value, map_refs
 from ..trace.ops.local import localize
 from ..trace.ops.rule import Strategy, strategies
 from ..trace.ops.table import rule_of
-from ..layout import dim_positions
 
 
 class NotSplittable(Exception):
@@ -230,7 +229,7 @@ class _Splitter:
 
     def _emit(self, named: Op, op: Op, choice: Strategy, out: str = "") -> None:
         """Append the op with its sizes localized to one microbatch."""
-        layouts = {n: t for n, t in zip(op.inputs, choice.ins, strict=True)}
+        layouts = dict(zip(op.inputs, choice.ins, strict=True))
 
         def held(name: str, dim: int):  # type: ignore[no-untyped-def]
             return dim_positions(self.old.values[name].tensor.shape[dim], dim, (layouts[name],), (self.n,), (0,))

@@ -37,6 +37,8 @@ class Prices(Protocol):
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float: ...
     def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray: ...
 
+    share: bool
+    """Whether matmuls that take one value should take it in one layout, so that it moves once."""
     per_step: float
     """What a transition outside the microbatch loop weighs, against one inside."""
 
@@ -84,7 +86,7 @@ class Space:
 
     def _spread_seeds(self) -> tuple[dict[str, set[Type]], dict[str, set[Type]]]:
         """Which shards are in use where, to a fixed point: dp's start at the batch, tp's at every factor of every op."""
-        batch: dict[str, set[Type]] = {n: {l[0]} for n, l in self.inputs.items() if l[0].kind == "S"}
+        batch: dict[str, set[Type]] = {n: {t[0]} for n, t in self.inputs.items() if t[0].kind == "S"}
         self._fixpoint(batch, self.sizes[0], natural=False)
         inner: dict[str, set[Type]] = {}
         if self.sizes[1] > 1:
@@ -158,7 +160,7 @@ class Space:
                 if all(t.kind != "S" or t in seeds.get(v.name, ()) for v, t in zip([*operands, *outs], [*s.ins, *s.outs], strict=True))
             ]
             per_axis.append(found or [Strategy(tuple(I if v.grad else R for v in operands), tuple(I if v.grad else R for v in outs))])
-        pairs = [(a, b) for a in per_axis[0] for b in per_axis[1] if self._fits(operands, outs, (a, b))]
+        pairs: list[Pair] = [(a, b) for a in per_axis[0] for b in per_axis[1] if self._fits(operands, outs, (a, b))]
         memo[key] = pairs
         return pairs
 
@@ -186,7 +188,7 @@ def _shards(
     for cut in factor_cuts(own, operands, outs, parts, here):
         if not divisible(cut, factor.size, parts):
             continue
-        placed = []
+        placed: list[tuple[str, Type]] = []
         for v, place in sides:
             if isinstance(place, Place):
                 n = v.tensor.shape[place.dim]
@@ -297,7 +299,8 @@ def _fold(problem: Problem, space: Space, blocks: Sequence[Block], shared: Mappi
                     names[shared[op_name, n].name] = None
             names[op_name] = None
         uses = {u.name: u for u in shared.values()}
-        inner, outer = [], []
+        inner: list[str] = []
+        outer: list[str] = []
         for n in names:
             if n in uses:
                 inner.append(n)

@@ -6,7 +6,9 @@ graph and a plan together decide the program; `check` refuses a plan that was ma
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,8 +100,7 @@ class Plan:
     def from_yaml(cls, text: str, filename: str = "plan") -> Plan:
         """Read what `to_yaml` wrote. Raises PlanFileError."""
         data, mark_of = load_strict(text, filename)
-        expected = {"version", "graph", "mesh", "microbatches", "schedule", "cuts", "predicted", "notes", "runners_up", "inputs", "storage", "ops",
-                    "instructions"}  # fmt: skip
+        expected = {"version"} | {f.name for f in dataclasses.fields(cls)}
         if not isinstance(data, Mapping) or set(data) != expected:
             odd = sorted(expected.symmetric_difference(data)) if isinstance(data, Mapping) else []
             raise PlanFileError(f"{filename} is not a plan: keys missing or unknown: {', '.join(odd) or 'all'}")
@@ -137,7 +138,7 @@ def _positive(n: object) -> int:
 
 
 def _starts(cuts: list[int]) -> tuple[int, ...]:
-    if not cuts or cuts[0] != 0 or any(not isinstance(c, int) for c in cuts) or any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
+    if not cuts or cuts[0] != 0 or any(not isinstance(c, int) for c in cuts) or any(a >= b for a, b in itertools.pairwise(cuts)):
         raise PlanFileError(f"cuts must be the first block of each stage, from 0 and rising, found {cuts}")
     return tuple(cuts)
 

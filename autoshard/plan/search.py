@@ -122,7 +122,9 @@ class _Inner:
 
 
 class _Search:
-    def __init__(self, graph: Graph, cluster: Cluster, pins: Mapping[str, Any], limit: float, seed: int | None = None, pinned: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, cluster: Cluster, pins: Mapping[str, Any], limit: float, seed: int | None = None, pinned: bool = False
+    ) -> None:
         self.graph, self.cluster, self.pins, self.limit, self.seed, self.pinned = graph, cluster, pins, limit, seed, pinned
         self.splits: dict[int, TimeSplit | NotSplittable] = {}
         self.inner: dict[tuple[int, int, int], _Inner] = {}
@@ -265,8 +267,11 @@ class _Search:
             float(inner.costs.fixed[a:b].sum() + n * inner.costs.saved[a:b].sum()) for a, b, n in zip(cuts, ends, in_flight, strict=True)
         ]
         graph = inner.split.graph
-        edges = {e: sum(inner.prices.send(graph.values[n].tensor.bytes / (mesh.size("dp") * 1.0)) for n in names) for e, names in crossing.items()}
-        durations = {}
+        edges = {
+            e: sum(inner.prices.send(graph.values[n].tensor.bytes / (mesh.size("dp") * 1.0)) for n in names)
+            for e, names in crossing.items()
+        }
+        durations: dict[tuple[int, str], float] = {}
         for stage, t in enumerate(seconds):
             durations |= {(stage, "F"): t / 3, (stage, "B"): t * 2 / 3, (stage, "I"): t / 3, (stage, "W"): t / 3}
         played = simulate(lists, durations, edges)

@@ -207,9 +207,7 @@ def strategies(rule: Rule, operands: Sequence[Value], outs: Sequence[Value], par
     return list(found)
 
 
-def factor_cuts(
-    factor: Factor, operands: Sequence[Value], outs: Sequence[Value], parts: int, seeds: Mapping[str, set[Type]]
-) -> list[Cut]:
+def factor_cuts(factor: Factor, operands: Sequence[Value], outs: Sequence[Value], parts: int, seeds: Mapping[str, set[Type]]) -> list[Cut]:
     """The factor's own seeds, and every shard in use on an operand or output, read as a cut of the factor."""
     cuts: dict[Cut, None] = {canonical(c, factor.size, parts): None for c in factor.seeds}
     for v, place in [*zip(operands, factor.ins, strict=True), *zip(outs, factor.outs, strict=True)]:

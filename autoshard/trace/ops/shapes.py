@@ -63,9 +63,7 @@ def _common_factors(a: tuple[int, ...], b: tuple[int, ...]) -> list[Factor]:
 
 def permute(op: Op, values: Mapping[str, Value]) -> Rule:
     shape = values[op.inputs[0]].tensor.shape
-    return Rule(
-        tuple(Factor(str(d), shape[d], (Place(d),), (Place(i),)) for i, d in enumerate(op.args[1]) if shape[d] > 1), LINEAR
-    )
+    return Rule(tuple(Factor(str(d), shape[d], (Place(d),), (Place(i),)) for i, d in enumerate(op.args[1]) if shape[d] > 1), LINEAR)
 
 
 def expand(op: Op, values: Mapping[str, Value]) -> Rule:
@@ -96,7 +94,9 @@ def cat(op: Op, values: Mapping[str, Value]) -> Rule:
     factors = [Factor(str(d), n, tuple(Place(d) for _ in ins), (Place(d),)) for d, n in enumerate(out) if d != dim and n > 1]
     if all(len(s) == len(out) and s[dim] > 0 for s in ins):
         seeds = (tuple((1, s[dim], 1) for s in ins),)
-        factors.append(Factor(str(dim), out[dim], tuple(Place(dim, window=w) for w in _windows([s[dim] for s in ins])), (Place(dim),), seeds))
+        factors.append(
+            Factor(str(dim), out[dim], tuple(Place(dim, window=w) for w in _windows([s[dim] for s in ins])), (Place(dim),), seeds)
+        )
     return Rule(tuple(factors), (frozenset(range(len(ins))),))
 
 

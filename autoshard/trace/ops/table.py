@@ -135,9 +135,7 @@ def layer_norm(op: Op, values: Mapping[str, Value]) -> Rule:
     (shape, *rest), outs = _shapes(op, values)
     lead = len(shape) - len(op.args[1])
     return Rule(
-        tuple(
-            Factor(str(d), n, (Place(d), *(None for _ in rest)), (Place(d),) * len(outs)) for d, n in enumerate(shape[:lead]) if n > 1
-        )
+        tuple(Factor(str(d), n, (Place(d), *(None for _ in rest)), (Place(d),) * len(outs)) for d, n in enumerate(shape[:lead]) if n > 1)
     )
 
 
@@ -335,8 +333,8 @@ def _table() -> dict[str, RuleFunction]:
     add(reduction("sum", linear=True), "aten.sum.dim_IntList")
     add(reduction("sum", body="mean", linear=True), "aten.mean.dim")
     add(reduction("max"), "aten.amax.default")
-    add(reduction(None), "aten.amin.default", "aten.prod.dim_int", "aten.argmax.default", "aten.max.dim", "aten.min.dim", "aten.any.dim", "aten.all.dim",
-        "aten.var.correction", "aten.std.correction", "aten.logsumexp.default", "aten.mode.default")  # fmt: skip
+    whole = "amin.default prod.dim_int argmax.default max.dim min.dim any.dim all.dim var.correction std.correction logsumexp.default mode.default"
+    add(reduction(None), *(f"aten.{name}" for name in whole.split()))
     add(along(1), "aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumprod.default",
         "aten.sort.default", "aten.argsort.default")  # fmt: skip
     add(along(1, linear=True), "aten.cumsum.default", "aten.flip.default")
