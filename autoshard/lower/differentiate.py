@@ -3,7 +3,8 @@
 `forward` holds what the outputs need; of the rest, `backward_input` holds what the gradients of incoming values need, and
 `backward_weight` what is left for the parameters (the ancestor split of zero-bubble schedules, Qi et al., 2023). What one
 part hands to the next is explicit: the last outputs of `forward` are saved for the backward, those of `backward_input` are kept for
-the weights. Traced on CPU fakes whatever the device: nothing is allocated.
+the weights; `recompute` says what is made again instead. `backward` is both backward parts as one graph, for schedules that run them
+at once. Traced on CPU fakes whatever the device: nothing is allocated.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .partition import Port, Routine
 from .program import Module
+from .recompute import made_again
 
 
 def differentiate(routine: Routine, key: str = "") -> Module:
@@ -49,7 +51,7 @@ def differentiate(routine: Routine, key: str = "") -> Module:
         if candidates[i] not in grad_outputs:
             holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
             graph.graph.erase_node(holders[len(primals) + i])
-    return _split(graph, len(primals), len(routine.outputs), tuple(grad_outputs), reached, [p.param for p in routine.inputs], key)
+    return _split(graph, routine.inputs, len(routine.outputs), tuple(grad_outputs), reached, key)
 
 
 def _empty(port: Port) -> torch.Tensor:
@@ -57,39 +59,59 @@ def _empty(port: Port) -> torch.Tensor:
 
 
 def _split(
-    joint: fx.GraphModule, inputs: int, outputs: int, grad_outputs: tuple[int, ...], reached: list[int], is_param: list[bool], key: str
+    joint: fx.GraphModule, ports: Sequence[Port], outputs: int, grad_outputs: tuple[int, ...], reached: list[int], key: str
 ) -> Module:
-    joint.graph.eliminate_dead_code()
-    for node in joint.graph.nodes:
-        # fakes are contiguous where what arrives at run time may not be
-        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-            node.target = torch.ops.aten.reshape.default
-        elif node.target is torch.ops.aten.detach.default:  # nothing is differentiated any more
-            node.replace_all_uses_with(node.args[0])
-    joint.graph.eliminate_dead_code()
+    _without_detach(joint.graph)
     nodes = list(joint.graph.nodes)
     holders = [n for n in nodes if n.op == "placeholder"]
-    primals, tangents = holders[:inputs], holders[inputs:]
+    primals, tangents = holders[: len(ports)], holders[len(ports) :]
     results = list(next(n for n in nodes if n.op == "output").args[0])
     outs, grads = results[:outputs], results[outputs:]
-    grad_inputs = [i for i in reached if not is_param[i]]
-    grad_params = [i for i in reached if is_param[i]]
+    grad_inputs = [i for i in reached if not ports[i].param]
+    grad_params = [i for i in reached if ports[i].param]
     by_index = dict(zip(reached, grads, strict=True))
     of_inputs, of_params = [by_index[i] for i in grad_inputs], [by_index[i] for i in grad_params]
 
     first = _with_items(_ancestors(outs), nodes)
+    forward_only = _extract(joint, primals, nodes, first, outs)
+    if not reached:
+        return Module(forward_only, None, None, outputs, (), (), (), key)
     second = _with_items(_ancestors(of_inputs) - first, nodes)
     third = _ancestors(of_params) - first - second
+    free = {n for n, p in zip(primals, ports, strict=True) if p.param or not p.grad}
+    constants = {n for n in nodes if n.op == "get_attr"}
     later = [n for n in nodes if n in second or n in third]
-    saved = _needed_from(first | set(primals), later, [*of_inputs, *of_params])
-    tail = [n for n in nodes if n in third and n.op not in ("placeholder", "get_attr")]
-    kept = _needed_from(first | second | set(primals) | set(tangents), tail, of_params)
+    again = made_again(first - constants, primals, free, [n for n in later if n not in constants], grads) - constants
+    again = _with_items(again, nodes)
+    inner = first - again
+    saved = _needed_from(inner | set(primals), [n for n in nodes if n in second or n in third or n in again], grads)
     forward = _extract(joint, primals, nodes, first, [*outs, *saved])
-    if not reached:
-        return Module(forward, None, None, outputs, (), (), (), key)
-    backward_input = _extract(joint, [*saved, *tangents], nodes, second, [*of_inputs, *kept])
-    backward_weight = _extract(joint, kept, nodes, third, of_params) if grad_params else None
-    return Module(forward, backward_input, backward_weight, outputs, grad_outputs, tuple(grad_inputs), tuple(grad_params), key)
+    # what is made again for the weights alone, or for both, is made again in each
+    tail = third - constants | (again & {n for n in of_params if isinstance(n, fx.Node)})
+    for node in reversed(nodes):
+        if node in again and any(user in tail for user in node.users):
+            tail.add(node)
+    kept = _needed_from(inner | second | set(primals) | set(tangents), [n for n in nodes if n in tail], of_params)
+    backward_input = _extract(joint, [*saved, *tangents], nodes, second | again, [*of_inputs, *kept])
+    if not grad_params:
+        return Module(forward, backward_input, None, outputs, grad_outputs, tuple(grad_inputs), (), key)
+    backward_weight = _extract(joint, kept, nodes, tail, of_params)
+    backward = _extract(joint, [*saved, *tangents], nodes, second | third | again, [*of_inputs, *of_params])
+    return Module(
+        forward, backward_input, backward_weight, outputs, grad_outputs, tuple(grad_inputs), tuple(grad_params), key, backward
+    )
+
+
+def _without_detach(graph: fx.Graph) -> None:
+    """Nothing here is differentiated again, so that a detach is its input. Views become reshapes: fakes are contiguous where what arrives
+    at run time may not be."""
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+        elif node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
+    graph.eliminate_dead_code()
 
 
 def _ancestors(nodes: Sequence[object]) -> set[fx.Node]:

@@ -100,6 +100,7 @@ class Module:
     forward(inputs…) -> (outputs…, saved…)
     backward_input(saved…, gradients of `grad_outputs`…) -> (gradients of `grad_inputs`…, kept for the weights…)
     backward_weight(kept…) -> gradients of `grad_params`…
+    backward(saved…, gradients of `grad_outputs`…) -> (gradients of `grad_inputs`…, of `grad_params`…), where there are any of these
     All indices count `Call.inputs` / `Call.outputs`. The backward graphs are None where nothing in the block has a gradient.
     """
 
@@ -111,6 +112,7 @@ class Module:
     grad_inputs: tuple[int, ...]
     grad_params: tuple[int, ...]
     key: str = ""
+    backward: fx.GraphModule | None = None
 
 
 @dataclass

@@ -251,23 +251,28 @@ class Step:
             call = self.x.calls[i]
             if (mb, i) not in self.saved:
                 continue
-            results, kept = yield from self.inputs_backward(call, self.saved.pop((mb, i)), grads)
+            whole = weights and call.module.backward is not None
+            results, kept = yield from self.inputs_backward(call, self.saved.pop((mb, i)), grads, whole)
             for name, grad in results:
                 self.add(name, grad, grads)
-            if weights:
+            if whole:
+                for k, grad in zip(call.module.grad_params, kept, strict=True):
+                    self.total(call.inputs[k], grad)
+            elif weights:
                 yield from self.weights(call, kept)
             else:
                 self.saved[mb, i] = kept
             del results, kept
 
     def inputs_backward(
-        self, call: Call, saved: Results, grads: dict[str, Tensor]
+        self, call: Call, saved: Results, grads: dict[str, Tensor], whole: bool = False
     ) -> Generator[Request, Any, tuple[list[tuple[str, Tensor]], Results]]:
-        """(name, gradient) of the inputs that have one, and what `weights` needs."""
+        """(name, gradient) of the inputs that have one, and what `weights` needs; or, of the whole backward, the parameters' gradients."""
         module = call.module
-        assert module.backward_input is not None
+        graph = module.backward if whole else module.backward_input
+        assert graph is not None
         given = [self.gradient(grads, call.outputs[k]) for k in module.grad_outputs]
-        results = yield from self.x.run(module.backward_input, [*saved, *given])
+        results = yield from self.x.run(graph, [*saved, *given])
         n = len(module.grad_inputs)
         return [(call.inputs[k], g) for k, g in zip(module.grad_inputs, results[:n], strict=True)], results[n:]
 

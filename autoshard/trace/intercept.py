@@ -112,7 +112,7 @@ def _describe_function(
     outs = [t for t in flat if isinstance(t, Tensor)]
     specs = "".join(f"{tuple(t.shape)}{t.dtype}" for t in (*tensors, *outs))
     text = f"{cls.__module__}.{cls.__qualname__}{plain!r}{at}{specs}"
-    entry = primitives.Opaque(fn, tuple(tuple(o.shape) for o in outs), tuple(o.dtype for o in outs))
+    entry = primitives.Opaque((cls, plain, at), fn, tuple(tuple(o.shape) for o in outs), tuple(o.dtype for o in outs))
     key = primitives.register_opaque(f"{cls.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:12]}", entry)
     opaque[key] = fn
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -234,9 +234,13 @@ def _rows(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A callable(*tensors) -> tuple of tensors, and what it returns for the shapes that it was captured with."""
+    """A callable(*tensors) -> tuple of tensors, and what it returns for the shapes that it was captured with.
 
-    fn: Callable[..., tuple[Tensor, ...]]
+    `identity`: what the callable was made of; two with equal identities compute the same.
+    """
+
+    identity: object
+    fn: Callable[..., tuple[Tensor, ...]] = field(compare=False)
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
 

@@ -249,7 +249,7 @@ def _fold(module: fx.GraphModule, nodes: list[fx.Node], keys: dict[str, Callable
     if not all(isinstance(v, torch.Tensor) for v in values):
         raise CaptureError("a data-dependent value that isn't a tensor is used across the model", where=source_of(nodes[0]))
     text = body.code + "".join(f"{tuple(v.shape)}{v.dtype}" for v in [i.meta["val"] for i in inputs] + values)
-    entry = primitives.Opaque(body, tuple(tuple(v.shape) for v in values), tuple(v.dtype for v in values))
+    entry = primitives.Opaque(text, body, tuple(tuple(v.shape) for v in values), tuple(v.dtype for v in values))
     key = primitives.register_opaque("region_" + hashlib.sha256(text.encode()).hexdigest()[:16], entry)
     keys[key] = body
     _replace(module.graph, nodes, inputs, outputs, key)

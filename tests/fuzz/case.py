@@ -62,7 +62,9 @@ class Case:
     data: int = 0
     dropout: str = "philox"
 
-    def source(self, name: str, role: str, shape: tuple[int, ...], dtype: str = "float64", fill: str = "normal", batch: int | None = None) -> str:
+    def source(
+        self, name: str, role: str, shape: tuple[int, ...], dtype: str = "float64", fill: str = "normal", batch: int | None = None
+    ) -> str:
         """Add a parameter ("param", "frozen"), buffer, constant or input."""
         kind = "param" if role == "frozen" else role
         path = f"kwargs.{name}" if role == "input" else name if role != "constant" else ""

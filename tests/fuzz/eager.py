@@ -114,7 +114,7 @@ class Eager:
         self.grad_outputs: tuple[int, ...] = ()
         self.grad_inputs: tuple[int, ...] = ()
         self.grad_params: tuple[int, ...] = ()
-        self.forward, self.backward_input, self.backward_weight = self._forward, None, None
+        self.forward, self.backward_input, self.backward_weight, self.backward = self._forward, None, None, None
 
     def _forward(self, *tensors: Tensor) -> tuple[Any, ...]:
         wanted = set(self.wanted)
@@ -124,7 +124,8 @@ class Eager:
         self.grad_outputs = tuple(i for i, o in enumerate(outs) if o.requires_grad)
         if not self.grad_outputs:
             return tuple(o.detach() for o in outs)
-        self.backward_input, self.backward_weight = self._backward, self._weights  # type: ignore[assignment]
+        self.backward_input = self.backward = self._backward  # type: ignore[assignment]
+        self.backward_weight = self._weights  # type: ignore[assignment]
         return *(o.detach() for o in outs), ([outs[i] for i in self.grad_outputs], [leaves[i] for i in self.wanted])
 
     def _backward(self, saved: tuple[list[Tensor], list[Tensor]], *given: Tensor) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ from .eager import EagerInProcess, eager
 
 TOLERANCE = 1e-9
 SMALL = 1e-4
-"""A gradient is compared with its own largest element, or with this part of the largest of all gradients (some are zero but for rounding)."""
+"""A gradient is compared with its own largest element, or this part of the largest of all gradients (some are zero but for rounding)."""
 _draw, _mix = bodies.dropout_mask, mix  # the reference's own, whatever is patched later
 
 

@@ -6,6 +6,7 @@ that is `causal & rest` leaves only `rest`, and a mask that admits everything is
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def masks(captured: Captured) -> Captured:
             kind = seen.setdefault(part.name, _kind(b, part, s, t))
             causal |= kind == "causal"
             if kind == "":
-                kept.append(part)
+                kept.append(b.reshape(part, (1,) * (4 - b.ndim(part)) + b.shape(part)))
         mask = kept[0] if kept else None
         for part in kept[1:]:
             mask = b.op("aten.bitwise_and.Tensor", mask, part)
@@ -47,22 +48,22 @@ def masks(captured: Captured) -> Captured:
 
 
 def _conjuncts(b: Builder, mask: Ref) -> list[Ref]:
-    """The 4-dim parts whose conjunction the mask is; expands are looked through."""
-    while (wide := b.made_by(mask, "aten.expand.default")) is not None and b.ndim(wide.args[0]) == 4:
+    """The parts whose conjunction the mask is; expands are looked through."""
+    while (wide := b.made_by(mask, "aten.expand.default")) is not None:
         mask = wide.args[0]
     for target in ANDS:
         made = b.made_by(mask, target)
-        if made is not None and all(isinstance(a, Ref) and b.ndim(a) == 4 and b.dtype(a) == "bool" for a in made.args):
+        if made is not None and all(isinstance(a, Ref) and b.dtype(a) == "bool" for a in made.args):
             return [part for a in made.args for part in _conjuncts(b, a)]
     return [mask]
 
 
 def _kind(b: Builder, mask: Ref, s: int, t: int) -> str:
     """ "causal", "all" (admits everything), or "" for any other."""
-    if b.shape(mask) == (1, 1, s, t) and (compared := _comparison(b, mask)) is not None:
+    if math.prod(b.shape(mask)) == s * t and (compared := _comparison(b, mask)) is not None:
         return _kind_of_comparison(*compared)
     found = _contents(b, mask)
-    if found is None or found.shape[:2] != (1, 1):
+    if found is None or any(size != 1 for size in found.shape[:-2]):
         return ""
     if found.dtype != torch.bool:
         if not bool(((found == 0) | (found <= torch.finfo(found.dtype).min)).all()):
@@ -70,7 +71,7 @@ def _kind(b: Builder, mask: Ref, s: int, t: int) -> str:
         found = found == 0
     if bool(found.all()):
         return "all"
-    if found.shape[2:] == (s, t) and torch.equal(found[0, 0], torch.ones(s, t, dtype=torch.bool).tril()):
+    if found.numel() == s * t and torch.equal(found.reshape(s, t), torch.ones(s, t, dtype=torch.bool).tril()):
         return "causal"
     return ""
 
@@ -82,9 +83,9 @@ def _comparison(b: Builder, mask: Ref) -> tuple[str, Tensor, Tensor] | None:
         return None
     relation = COMPARISONS[op.target]
     tensors = [b.constants.get(a.name) for a in op.args]
-    if any(x is None or x.ndim != 4 or x.shape[:2] != (1, 1) or 1 not in x.shape[2:] for x in tensors):
+    if any(x is None or x.ndim < 2 or x.numel() != max(x.shape[-2:]) or 1 not in x.shape[-2:] for x in tensors):
         return None
-    left, right = (x[0, 0] for x in tensors if x is not None)
+    left, right = (x.reshape(x.shape[-2:]) for x in tensors if x is not None)
     if left.shape[0] > 1 or right.shape[1] > 1:
         left, right, relation = right, left, MIRROR[relation]
     if left.shape[0] != 1 or right.shape[1] != 1:

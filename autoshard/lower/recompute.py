@@ -1,0 +1,96 @@
+"""Choose what a block saves for its backward: the fewest bytes from which cheap ops make the rest again.
+
+In: a joint graph's forward nodes, the backward's nodes, which inputs are free to keep (parameters, data). Out: the forward nodes that the
+backward makes again; what these and the backward read of the forward is saved. The fewest bytes are a minimum cut between what can't be
+made again (matmuls, attention, reductions, collectives, anything random) and what the backward reads, where cutting a value costs its bytes.
+Pointwise ops and views may be repeated: they fuse into the kernels that read them. A value that a matmul or another opaque kernel of the
+backward reads would have to be written to memory again, so it is saved as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from ..trace.interpret import UNTAGGED_POINTWISE
+
+SOURCE, SINK = "source", "sink"
+VIEWS = frozenset(
+    """view _unsafe_view reshape t transpose permute expand slice select squeeze unsqueeze split_with_sizes split detach alias
+    unbind""".split()
+)
+# fused by the compiler as pointwise ops are, though not elementwise
+MOVES = frozenset("cat constant_pad_nd full zeros ones scalar_tensor new_zeros".split())
+
+
+def made_again(first: set[fx.Node], inputs: Iterable[fx.Node], free: set[fx.Node], later: list[fx.Node], results: Iterable[object]) -> set[fx.Node]:
+    """The nodes of `first` that `later` makes again. `inputs`: placeholders; those in `free` cost nothing to keep."""
+    read = {source for node in later for source in node.all_input_nodes} | {r for r in results if isinstance(r, fx.Node)}
+    pinned = {_base(s, first) for node in later if not _cheap(node) for s in node.all_input_nodes}
+    graph = nx.DiGraph()
+    graph.add_nodes_from([SOURCE, SINK])
+    for node in (*inputs, *first):
+        size = _bytes(node)
+        if size is None:
+            graph.add_edge((node, 0), (node, 1))
+        else:
+            # of a value and its views the value; of two ways that cost the same the one with fewer ops to repeat
+            graph.add_edge((node, 0), (node, 1), capacity=0 if node in free else 4 * size + (2 if _name(node) in VIEWS else 1))
+        if node not in first or node in pinned or not _repeatable(node):
+            graph.add_edge(SOURCE, (node, 0))
+        for source in node.all_input_nodes if node in first else ():
+            graph.add_edge((source, 1), (node, 0))
+        if node in read:
+            graph.add_edge((node, 1), SINK)
+    reachable = nx.minimum_cut(graph, SOURCE, SINK)[1][0]
+    cut = {node for node in first if (node, 0) in reachable and (node, 1) not in reachable}
+    again: set[fx.Node] = set()
+    stack = [node for node in read if node in first]
+    while stack:
+        node = stack.pop()
+        if node not in cut and node not in again:
+            again.add(node)
+            stack += [source for source in node.all_input_nodes if source in first]
+    return again
+
+
+def _base(node: fx.Node, first: set[fx.Node]) -> fx.Node:
+    """What a chain of views of one tensor starts from."""
+    while node in first and _name(node) in VIEWS and len(node.all_input_nodes) == 1 and _bytes(node.all_input_nodes[0]) is not None:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).split(".")[1] if node.op == "call_function" and str(node.target).startswith("aten.") else ""
+
+
+def _cheap(node: fx.Node) -> bool:
+    """Whether the compiler fuses the node into whatever reads it."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and _name(source) in VIEWS
+    target: Any = node.target
+    if _name(node) in VIEWS or _name(node) in MOVES:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    return torch.Tag.pointwise in target.tags or str(target) in UNTAGGED_POINTWISE
+
+
+def _repeatable(node: fx.Node) -> bool:
+    """Cheap, and no arithmetic on integers: that is what random draws are hashed by, at many ops an element."""
+    value = node.meta.get("val")
+    whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.numel() > 1
+    return _cheap(node) and not (whole and _name(node) not in VIEWS)
+
+
+def _bytes(node: fx.Node) -> int | None:
+    """None for what isn't one tensor."""
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else None

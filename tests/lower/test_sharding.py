@@ -1,0 +1,80 @@
+"""It really shards: parameters, matmuls and collectives of lowered programs, counted in their graphs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import cache
+
+import pytest
+from tests import zoo
+
+from autoshard.lower import compile
+from autoshard.lower.program import Call, Program
+from autoshard.plan.cluster import Cluster
+from autoshard.plan.search import search
+from autoshard.trace.capture import Captured, capture
+
+DENSE = ("gpt2", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "starcoder2",
+         "cohere", "granite", "glm4", "bert")  # fmt: skip
+MATMULS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default")
+
+
+@cache
+def captured_of(family: str) -> Captured:
+    model, kwargs = zoo.case(family).build()
+    return capture(model, kwargs=kwargs)
+
+
+def matmul_flops(call: Call) -> float:
+    graphs = [g for g in (call.module.forward, call.module.backward_input, call.module.backward_weight) if g]
+    nodes = [n for g in graphs for n in g.graph.nodes if str(n.target) in MATMULS]
+    return sum(2.0 * n.meta["val"].numel() * n.args[-2].meta["val"].shape[-1] for n in nodes)
+
+
+def stored_elements(program: Program, rank: int) -> int:
+    total = 0
+    for slot in program.ranks[rank].params.values():
+        total += math.prod(n if held is None else len(held) for n, held in zip(slot.tensor.shape, slot.positions(), strict=True))
+    return total
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"dp": 2, "tp": 2}], ids=["tp2", "dp2.tp2"])
+def test_each_rank_holds_and_computes_its_part(family: str, mesh: dict[str, int]) -> None:
+    captured = captured_of(family)
+    ranks = math.prod(mesh.values())
+    whole = compile(captured, search(captured.graph, Cluster.load("h100x1"), {"dp": 1}, 1))
+    program = compile(captured, search(captured.graph, Cluster.load(f"h100x{ranks}"), mesh, 1))
+    flops = sum(map(matmul_flops, whole.ranks[0].blocks))
+    for rank in range(ranks):
+        assert stored_elements(program, rank) <= stored_elements(whole, 0) * (1 / ranks + 0.05)
+        assert sum(map(matmul_flops, program.ranks[rank].blocks)) <= flops * (1 / ranks + 0.10)
+
+
+def collectives(call: Call) -> list[Counter[str]]:
+    graphs = [g for g in (call.module.forward, call.module.backward_input, call.module.backward_weight) if g]
+    return [
+        Counter(n for n in (str(n.target).split(".")[1] for n in g.graph.nodes if "_c10d" in str(n.target)) if n != "wait_tensor")
+        for g in graphs
+    ]
+
+
+def test_a_llama_block_talks_as_megatron_does() -> None:
+    """With the residual stream pinned to sequence shards, each half of a layer gathers and reduce-scatters once forward and
+    once backward (Korthikanti et al., "Reducing activation recomputation", 2022, figure 5)."""
+    captured = captured_of("llama")
+    graph = captured.graph
+    free = search(graph, Cluster.load("h100x2"), {"tp": 2}, 1)
+    adds = [op.name for op in graph.ops if op.target == "aten.add.Tensor" and len(op.inputs) == 2 and graph.values[op.outs[0]].tensor.shape[-1:] == (32,)
+            and len(graph.values[op.outs[0]].tensor.shape) == 3 and op.name in free.ops]  # fmt: skip
+    plan = search(graph, Cluster.load("h100x2"), {"tp": 2}, 1, pins={"ops": dict.fromkeys(adds, "S(1), S(1) -> S(1)")})
+    blocks = compile(captured, plan).ranks[0].blocks
+    once = Counter({"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1})
+    middle = [b for b in blocks[1:-1]]
+    assert len(middle) == 4
+    for block in middle[1:]:
+        forward, backward, weights = collectives(block)
+        assert forward == once
+        assert backward == once
+        assert not weights
