@@ -208,7 +208,7 @@ class _Builder:
 
         def fn(x: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
             given = iter(extra)
-            return move(x, a, b, spot, grad and x.is_floating_point(), *(next(given) if need else None for need in needed))
+            return move(x, a, b, spot, grad, *(next(given) if need else None for need in needed))
 
         uneven = any(len(set(sizes)) > 1 for side in sides for _, sizes, _ in side)
         text = f"move {a}->{b} {spot.axis} {sides} {grad} {spot.coord if uneven else ''}"

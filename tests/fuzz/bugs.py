@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from autoshard import layout
@@ -232,32 +231,28 @@ def dropout_at_local_positions(original):  # type: ignore[no-untyped-def]
 
 
 @bug((partition, "localize"))
-def slice_bounds_in_proportion(original):  # type: ignore[no-untyped-def]
-    """A slice of a shard starts at the same fraction of it, whatever the shard holds."""
+def slice_taken_from_the_end(original):  # type: ignore[no-untyped-def]
+    """A slice of a shard that doesn't start at 0 is taken to be its last part."""
 
     def localize(op, held, out_shape):  # type: ignore[no-untyped-def]
         args = original(op, held, out_shape)
-        if op.target != "aten.slice.Tensor" or args[4] != 1:
+        if op.target != "aten.slice.Tensor" or args[4] != 1 or args[1:4] == op.args[1:4] or args[2] == 0:
             return args
-        x, dim, start, end, _ = op.args
-        here, n = len(held(x.name, dim)), args[3] - args[2]
-        first = min(start, here - n)
-        return (x, dim, first, first + n, 1) if here >= n else (x, dim, min(start, here), min(end, here), 1)
+        here, n = len(held(args[0].name, args[1])), args[3] - args[2]
+        return (args[0], args[1], here - n, here, 1)
 
     return localize
 
 
 @bug((partition, "localize"))
-def split_sizes_of_the_first_rank(original):  # type: ignore[no-untyped-def]
-    """The parts of a split are cut as if each divided evenly."""
+def split_into_equal_parts(original):  # type: ignore[no-untyped-def]
+    """The parts of a split shard are taken to be as large as one another."""
 
     def localize(op, held, out_shape):  # type: ignore[no-untyped-def]
         args = original(op, held, out_shape)
-        if op.target != "aten.split_with_sizes.default":
+        if op.target != "aten.split_with_sizes.default" or args[1] == op.args[1]:
             return args
-        whole, here = sum(op.args[1]), sum(args[1])
-        edges = [round(at * here / whole) for at in np.cumsum([0, *op.args[1]])]
-        return (args[0], tuple(int(n) for n in np.diff(edges)), args[2])
+        return (args[0], layout.split_sizes(sum(args[1]), len(args[1])), args[2])
 
     return localize
 

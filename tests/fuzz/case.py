@@ -46,7 +46,7 @@ def opaque_key(kind: str, shape: tuple[int, ...]) -> str:
     if key not in OPAQUE:
         fn = _OPAQUES[kind]
         outs = 2 if kind == "mix" else 1
-        register_opaque(key, Opaque(fn, (shape,) * outs, (torch.float64,) * outs))
+        register_opaque(key, Opaque(kind, fn, (shape,) * outs, (torch.float64,) * outs))
     return key
 
 

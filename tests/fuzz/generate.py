@@ -99,7 +99,8 @@ def layers(m: Maker, h: str, budget: int, made: list[str]) -> str:
             pieces = [norm, *pieces] if pieces[0] is not norm else pieces
         same, now = m.rng.randrange(1 << 30), m.rng
         before = len(m.case.graph.ops)
-        for _ in range(m.rng.choice((1, 1, 2, 3))):
+        for layer in range(m.rng.choice((1, 1, 2, 3))):
+            m.layer = layer
             m.rng = random.Random(same)
             for piece in pieces:
                 h = piece(m, h)

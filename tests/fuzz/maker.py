@@ -25,7 +25,7 @@ class Maker:
         self.heads, self.head = self.rng.choice((1, 2, 3, 4, 6)), self.rng.choice((1, 2, 3, 4, 5))
         self.width = self.heads * self.head
         self.vocab = self.rng.choice((7, 11, 12, 16, 61))
-        self.orders = 0
+        self.orders = self.layer = 0
 
     # ---- building ---------------------------------------------------------------------------------------------------
 
@@ -77,7 +77,9 @@ class Maker:
         return self.op(f"{self.rng.choice(SMOOTH)}.default", x)
 
     def residual(self, x: str, y: str) -> str:
-        return self.op("add.Tensor", x, y) if self.rng.random() < 0.8 else self.op("add.Tensor", self.op("mul.Tensor", x, 0.5), y)
+        # layers that are alike but for a number are what modules must not be shared between
+        x = self.op("mul.Tensor", x, round(1 / (self.layer + 2), 3)) if self.rng.random() < 0.3 else x
+        return self.op("add.Tensor", x, y)
 
     def dropout(self, x: str) -> str:
         shape = self.shape(x)

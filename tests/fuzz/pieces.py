@@ -50,7 +50,11 @@ def attention(m: Maker, h: str) -> str:
     kv = m.rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
     if m.rng.random() < 0.5:
         fused = m.linear(h, (heads + 2 * kv) * e)
-        parts = m.many("split_with_sizes.default", fused, (heads * e, kv * e, kv * e), 2)
+        ends = (heads * e, (heads + kv) * e, (heads + 2 * kv) * e)
+        if m.rng.random() < 0.5:
+            parts = m.many("split_with_sizes.default", fused, (heads * e, kv * e, kv * e), 2)
+        else:
+            parts = tuple(m.slice(fused, 2, start, end) for start, end in zip((0, *ends), ends, strict=False))
     else:
         parts = (m.linear(h, heads * e), m.linear(h, kv * e), m.linear(h, kv * e))
     q, k, v = (m.permute(m.reshape(x, b, s, n, e), 0, 2, 1, 3) for x, n in zip(parts, (heads, kv, kv), strict=True))
@@ -223,6 +227,6 @@ def batch_statistics(m: Maker, h: str) -> str:
 
 
 PIECES: list[tuple[Callable[[Maker, str], str], int]] = [
-    (norm, 8), (mlp, 9), (gated, 6), (attention, 8), (eager_attention, 3), (mix_tokens, 3), (rotary, 3), (shift, 3), (masked, 4), (pool, 4), (scaled, 4),
-    (experts, 3), (heads, 5), (flatten, 2), (picked, 3), (conv, 1), (misc, 6), (batch_statistics, 1),
+    (norm, 8), (mlp, 9), (gated, 6), (attention, 8), (eager_attention, 3), (mix_tokens, 3), (rotary, 3), (shift, 3), (masked, 4), (pool, 4),
+    (scaled, 4), (experts, 3), (heads, 5), (flatten, 2), (picked, 3), (conv, 1), (misc, 6), (batch_statistics, 1),
 ]  # fmt: skip

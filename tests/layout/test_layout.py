@@ -13,9 +13,26 @@ from hypothesis import strategies as st
 
 from autoshard.errors import PlanFileError
 from autoshard.layout import (
-    PMAX, TRANSITIONS, Cut, I, Layout, P, R, S, Type, canonical, compatible, divisible, gradient, legal, local_positions, local_shape,
-    segments, split_sizes, transition,
-)  # fmt: skip
+    PMAX,
+    TRANSITIONS,
+    Cut,
+    I,
+    Layout,
+    P,
+    R,
+    S,
+    Type,
+    canonical,
+    compatible,
+    divisible,
+    gradient,
+    legal,
+    local_positions,
+    local_shape,
+    segments,
+    split_sizes,
+    transition,
+)
 from autoshard.lower.collectives import divide, lengths, local_cut, merge
 from autoshard.plan.placement import path
 
@@ -120,7 +137,9 @@ def test_local_shapes_tile_the_value(case: tuple[tuple[int, ...], Layout, tuple[
 
 @few
 @given(values(), st.data())
-def test_every_layout_on_a_path_is_legal_and_every_step_has_a_gradient(case: tuple[tuple[int, ...], Layout, tuple[int, int]], data: st.DataObject) -> None:
+def test_layouts_on_a_path_are_legal_and_steps_have_gradients(
+    case: tuple[tuple[int, ...], Layout, tuple[int, int]], data: st.DataObject
+) -> None:
     shape, a, sizes = case
     b = tuple(data.draw(st.sampled_from([t, R, I, S(1)])) for t in a)
     steps = path(shape, a, b, sizes) if legal(shape, b, sizes) else None

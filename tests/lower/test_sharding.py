@@ -39,17 +39,19 @@ def stored_elements(program: Program, rank: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("family", DENSE)
-@pytest.mark.parametrize("mesh", [{"tp": 2}, {"dp": 2, "tp": 2}], ids=["tp2", "dp2.tp2"])
+TRIALS = [(family, {"tp": 2}) for family in DENSE] + [(family, {"dp": 2, "tp": 2}) for family in ("gpt2", "llama", "bert", "gemma2")]
+
+
+@pytest.mark.parametrize(("family", "mesh"), TRIALS, ids=str)
 def test_each_rank_holds_and_computes_its_part(family: str, mesh: dict[str, int]) -> None:
+    """Rank 0, which holds the most where a dim doesn't divide."""
     captured = captured_of(family)
     ranks = math.prod(mesh.values())
     whole = compile(captured, search(captured.graph, Cluster.load("h100x1"), {"dp": 1}, 1))
-    program = compile(captured, search(captured.graph, Cluster.load(f"h100x{ranks}"), mesh, 1))
+    program = compile(captured, search(captured.graph, Cluster.load(f"h100x{ranks}"), mesh, 1), ranks=[0])
     flops = sum(map(matmul_flops, whole.ranks[0].blocks))
-    for rank in range(ranks):
-        assert stored_elements(program, rank) <= stored_elements(whole, 0) * (1 / ranks + 0.05)
-        assert sum(map(matmul_flops, program.ranks[rank].blocks)) <= flops * (1 / ranks + 0.10)
+    assert stored_elements(program, 0) <= stored_elements(whole, 0) * (1 / ranks + 0.05)
+    assert sum(map(matmul_flops, program.ranks[0].blocks)) <= flops * (1 / ranks + 0.10)
 
 
 def collectives(call: Call) -> list[Counter[str]]:
@@ -65,13 +67,17 @@ def test_a_llama_block_talks_as_megatron_does() -> None:
     once backward (Korthikanti et al., "Reducing activation recomputation", 2022, figure 5)."""
     captured = captured_of("llama")
     graph = captured.graph
-    free = search(graph, Cluster.load("h100x2"), {"tp": 2}, 1)
-    adds = [op.name for op in graph.ops if op.target == "aten.add.Tensor" and len(op.inputs) == 2 and graph.values[op.outs[0]].tensor.shape[-1:] == (32,)
-            and len(graph.values[op.outs[0]].tensor.shape) == 3 and op.name in free.ops]  # fmt: skip
-    plan = search(graph, Cluster.load("h100x2"), {"tp": 2}, 1, pins={"ops": dict.fromkeys(adds, "S(1), S(1) -> S(1)")})
-    blocks = compile(captured, plan).ranks[0].blocks
+    pins = {}
+    for op in graph.ops:
+        shape = graph.values[op.outs[0]].tensor.shape
+        if graph.values[op.outs[0]].grad and shape[:2] == (8, 12) and shape[2:] in ((32,), (1,)) and "linear" not in op.target:
+            ins = ["S(1)" if len(graph.values[n].tensor.shape) == 3 else "R" for n in op.inputs]
+            if len(graph.values[op.inputs[0]].tensor.shape) <= 3 and op.target != "aten.embedding.default":
+                pins[op.name] = f"{', '.join(ins)} -> S(1)"
+    plan = search(graph, Cluster.load("h100x2"), {"tp": 2}, 1, pins={"ops": pins})
+    blocks = compile(captured, plan, ranks=[0]).ranks[0].blocks
     once = Counter({"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1})
-    middle = [b for b in blocks[1:-1]]
+    middle = blocks[1:-1]
     assert len(middle) == 4
     for block in middle[1:]:
         forward, backward, weights = collectives(block)

@@ -55,17 +55,21 @@ def played(program: Program, model: nn.Module, kwargs: dict[str, Any]) -> Record
     return record
 
 
-def whole(captured: Captured, model: nn.Module, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Every value of the graph on one device, and the gradients of those that have one."""
+def whole(captured: Captured, model: nn.Module, kwargs: dict[str, Any]) -> tuple[set[str], dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters' names; every value of the graph on one device; the gradients of those that have one."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {v.name: own[v.path].detach().clone().requires_grad_(v.grad) for v in captured.graph.sources("param", "buffer")}
     values = captured.run({**tensors, **captured.flatten((), kwargs)})
     wanted = [n for n, t in values.items() if t.requires_grad]
     found = torch.autograd.grad(values[captured.graph.loss], [values[n] for n in wanted], allow_unused=True)
-    return {n: t.detach() for n, t in values.items()}, {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
+    whole_values = {n: t.detach() for n, t in values.items()}
+    parameters = {v.name for v in captured.graph.sources("param")}
+    return parameters, whole_values, {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
 
 
-def differences(record: Record, values: dict[str, Tensor], gradients: dict[str, Tensor], sizes: tuple[int, int]) -> list[str]:
+def differences(
+    record: Record, parameters: set[str], values: dict[str, Tensor], gradients: dict[str, Tensor], sizes: tuple[int, int]
+) -> list[str]:
     """What at the boundaries isn't the whole in the layout claimed."""
     found = []
     for what, held, expected in (("value", record.values, values), ("gradient", record.gradients, gradients)):
@@ -73,7 +77,7 @@ def differences(record: Record, values: dict[str, Tensor], gradients: dict[str, 
         scale = scale - 1 if what == "gradient" else scale
         for env, parts in held.items():
             name, _, text = env.partition("|")
-            if name not in expected or not text:
+            if name not in expected or not text or name in parameters:  # a parameter's uses have each a part of its gradient
                 continue
             layout = tuple(Type.parse(t) for t in text.split(","))
             if what == "gradient":

@@ -57,7 +57,7 @@ def rules(s: Sample, mesh: Any) -> set[Strategy]:
 
 def _arguments(s: Sample, of: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args, kwargs = map_refs((s.op.args, s.op.kwargs), lambda ref: of(ref))
-    return tuple(list(a) if isinstance(a, tuple) and not hasattr(a, "_fields") else a for a in _dtypes(args)), _dtypes(kwargs)
+    return tuple(list(a) if isinstance(a, tuple) else a for a in _dtypes(args)), _dtypes(kwargs)
 
 
 def _meta(t: torch.Tensor) -> Any:
@@ -67,15 +67,13 @@ def _meta(t: torch.Tensor) -> Any:
 
 
 def _single_dim(op: Any, function: Any, s: Sample) -> Iterator[tuple[Any, Any]]:
-    holders: dict[int, Any] = {}
-
     def of(ref: Ref) -> Any:
-        holders[len(holders)] = _meta(s.tensors[ref.name])
-        return holders[len(holders) - 1]
+        return _meta(s.tensors[ref.name])
 
-    # a TensorMeta is itself a tuple, so arguments are rebuilt by hand
-    args = [of(a) if isinstance(a, Ref) else [of(b) if isinstance(b, Ref) else b for b in a] if isinstance(a, tuple) else _dtypes(a) for a in s.op.args]
-    for row in function(op, tuple(args), _dtypes(dict(s.op.kwargs))):
+    def one(a: Any) -> Any:  # a TensorMeta is itself a tuple, so arguments are rebuilt by hand
+        return of(a) if isinstance(a, Ref) else [one(b) for b in a] if isinstance(a, tuple) else _dtypes(a)
+
+    for row in function(op, tuple(map(one, s.op.args)), _dtypes(dict(s.op.kwargs))):
         yield row[: len(s.op.outs)], row[len(s.op.outs) :]
 
 

@@ -25,7 +25,9 @@ value, masking it to a term), with the reason. It is written by `python -m tests
 
 `S(d)`: cut along dim d. `P`: terms of a pending sum, `P(max)` of a maximum. `R`: whole. Operands, then outputs.
 """
-EXECUTION = "\n## Found by execution\n\nEvery way to cut, keep or leave pending each operand on two ranks is run, on two draws of the data.\n"
+EXECUTION = (
+    "\n## Found by execution\n\nEvery way to cut, keep or leave pending each operand is run on two ranks, on two draws of the data.\n"
+)
 DTENSOR = """
 ## Claimed by torch's DTensor
 
@@ -39,11 +41,11 @@ def reason(s: Sample, t: Strategy) -> str:
     if name == "cumsum" or name == "cumprod":
         return "Not so: DTensor's own rule doesn't count a negative dim from the end; along its dim the op runs over all elements."
     if name == "gather" and t.ins == (S(0), S(0)):
-        return "Not so where the index has fewer rows than the table: DTensor would shard both by their own rows, which then don't match."
+        return "Not so where the index has fewer rows than the table: each sharded by its own rows, they don't match."
     if PMAX in t.outs and name == "amax":
-        return "A maximum with a gradient isn't left pending: each rank's own maximum would get a gradient. Without a gradient it is claimed."
+        return "Claimed without a gradient; with one, each rank's own maximum would get a gradient."
     if PMAX in t.ins:
-        return "A pending maximum has no gradient and is completed where it is made, once per use; monotone functions of it would save nothing."
+        return "A pending maximum has no gradient and is completed where it is made; monotone functions of it would save nothing."
     if name in ("any", "all"):
         return "A pending sum of bools is none of our types: collectives don't add bools."
     if P in t.ins and any(not v.tensor.floating for v, i in zip(s.operands(), t.ins, strict=True) if i == P):
@@ -53,15 +55,15 @@ def reason(s: Sample, t: Strategy) -> str:
     if "norm" in name and t.ins[0] == R:
         return "Linear in its weights, but parameters are stored, never pending."
     if name == "slice":
-        return "Holds only for a window or a step that happens to cut each rank's part alike; a neighbour that names the parts' cut is followed."
+        return "Holds only where a window or a step happens to cut each rank's part alike; cuts that neighbours name are followed."
     if name == "attention" and S(3) in t.ins:
         return "Every rank would compute all scores again for its part of the values' features; cutting heads doesn't."
     if name.startswith("conv") and len(s.operands()[0].tensor.shape) != len(s.operands()[1].tensor.shape):
         return "One example without a batch dim: batches are what training has."
     if name.startswith("conv") and t.ins[-1] == P:
-        return "Input channels cut, and a bias as a pending sum: parameters are never pending, and added whole on every rank it would count twice."
+        return "Input channels cut and a bias pending: parameters never are, and a whole bias would be added on every rank."
     if name == "index" and s.name.endswith("scattered"):
-        return "Index tensors that aren't next to each other put their dims first; no transformer indexes so."
+        return "Index tensors that aren't next to each other put their dims first: an order that the rule doesn't follow."
     raise KeyError(f"{s.name}: {t} holds and isn't claimed: claim it, or say here why not")
 
 

@@ -28,7 +28,7 @@ Coords = tuple[int, ...]
 
 @dataclass
 class Sample:
-    """An op call on whole tensors. `frozen`: floating operands (by number) without gradient."""
+    """An op call on whole tensors, its results, and the gradients of a random linear function of them."""
 
     name: str
     op: Op
@@ -46,8 +46,8 @@ class Sample:
         return [self.graph.values[n] for n in self.op.outs]
 
 
-def sample(target: str, *args: Any, frozen: Sequence[int] = (), note: str = "", microbatches: int = 1, outs: int = 0, **kwargs: Any) -> Sample:
-    """Tensors among the arguments become operands. `outs`: how many outputs, where the op can't be run to find out."""
+def sample(target: str, *args: Any, frozen: Sequence[int] = (), note: str = "", microbatches: int = 1, **kwargs: Any) -> Sample:
+    """Tensors among the arguments become operands. `frozen`: floating ones (by number) without gradient."""
     graph, tensors = Graph(), {}
 
     def take(tree: Any) -> Any:
@@ -63,7 +63,7 @@ def sample(target: str, *args: Any, frozen: Sequence[int] = (), note: str = "", 
 
     op = Op("y", target, take(args), {k: take(v) for k, v in kwargs.items()}, ())
     found = Sample(f"{target} {note}".strip(), op, graph, tensors, microbatches)
-    _run_whole(found, outs)
+    _run_whole(found)
     return found
 
 
@@ -71,7 +71,7 @@ def _described(t: Tensor) -> ir.Tensor:
     return ir.Tensor(tuple(t.shape), str(t.dtype).removeprefix("torch."))
 
 
-def _run_whole(s: Sample, outs: int) -> None:
+def _run_whole(s: Sample) -> None:
     leaves = {n: t.clone().requires_grad_(s.graph.values[n].grad) for n, t in s.tensors.items()}
     with torch.enable_grad():
         if _plain(s.op.target):

@@ -197,7 +197,15 @@ def contracting() -> Iterator[Sample]:
     yield sample("aten.linear.default", f(5, 4, 6), f(7, 6))
     yield sample("aten.mm.default", f(5, 6), f(6, 7))
     yield sample("aten.bmm.default", f(3, 5, 6), f(3, 6, 7))
-    for a, b in (((5, 6), (6, 7)), ((3, 5, 4, 6), (6, 7)), ((3, 5, 4, 6), (3, 5, 6, 7)), ((5, 4, 6), (1, 6, 7)), ((6,), (6, 7)), ((5, 6), (6,))):
+    shapes = [
+        ((5, 6), (6, 7)),
+        ((3, 5, 4, 6), (6, 7)),
+        ((3, 5, 4, 6), (3, 5, 6, 7)),
+        ((5, 4, 6), (1, 6, 7)),
+        ((6,), (6, 7)),
+        ((5, 6), (6,)),
+    ]
+    for a, b in shapes:
         yield sample("aten.matmul.default", f(*a), f(*b), note=f"{a} {b}")
     for equation, *ops in (("bshe,bthe->bhst", (3, 5, 3, 4), (3, 6, 3, 4)), ("ab,bc,c->a", (5, 4), (4, 7), (7,)), ("bij->bji", (3, 4, 5))):
         yield sample("aten.einsum.default", equation, tuple(f(*shape) for shape in ops), note=equation)

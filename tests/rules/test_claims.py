@@ -78,8 +78,8 @@ def test_claims_of_two_axes_hold_together(sizes: tuple[int, int]) -> None:
 
 
 def fits(s: Sample, pair: tuple[Strategy, Strategy], sizes: tuple[int, int]) -> bool:
-    sides = [*zip(s.operands(), zip(*(p.ins for p in pair), strict=True)), *zip(s.results(), zip(*(p.outs for p in pair), strict=True))]
-    return all(legal(v.tensor.shape, layout, sizes) for v, layout in sides)
+    values, types = [*s.operands(), *s.results()], [(*p.ins, *p.outs) for p in pair]
+    return all(legal(v.tensor.shape, tuple(layout), sizes) for v, *layout in zip(values, *types, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ def test_the_page_lists_what_dtensor_has() -> None:
     assert PAGE.read_text().endswith(section(DTENSOR.format(torch=version()), found_by_dtensor())), "write it anew: python -m tests.rules"
 
 
-@pytest.mark.parametrize("target, known", [("aten.mm.default", 5), ("aten.add.Tensor", 4), ("aten.softmax.int", 2), ("aten.embedding.default", 4)])
+@pytest.mark.parametrize(
+    "target, known", [("aten.mm.default", 5), ("aten.add.Tensor", 4), ("aten.softmax.int", 2), ("aten.embedding.default", 4)]
+)
 def test_the_search_finds_what_the_table_claims(target: str, known: int) -> None:
     """Of the claims that need no body: each gives something valid."""
     s = next(s for s in samples() if s.op.target == target)

@@ -24,8 +24,8 @@ MOVES = frozenset(
 """Linear in their one tensor."""
 TOGETHER = frozenset("add sub cat stack where index_copy index_add slice_scatter masked_fill".split())
 """Linear in all that may be pending together; the condition, and an index, may differ between ranks."""
-PRODUCTS = frozenset("mul mm bmm matmul einsum div convolution linear".split())
-FIRST = frozenset("index_select gather div embedding index_put".split())
+PRODUCTS = frozenset("mul mm bmm matmul einsum div linear".split())
+FIRST = frozenset("index_select gather embedding".split())
 ZEROS = frozenset("zeros new_zeros zeros_like".split())
 
 
@@ -73,9 +73,10 @@ def _name(node: fx.Node) -> tuple[str, str]:
 
 
 def _collective(node: fx.Node, name: str, t: str) -> str:
-    if t == "R":
+    gathers = name in ("all_gather_into_tensor", "all_to_all_single")
+    if t == "R" and not gathers:  # a shard of a constant may be gathered, and looks the same everywhere
         raise Untyped(f"{node.format_node()}: {name} of what is the same on every rank")
-    if t == "P" and name in ("all_gather_into_tensor", "all_to_all_single"):
+    if t == "P" and gathers:
         raise Untyped(f"{node.format_node()}: {name} of a pending sum")
     return {"all_reduce": "R", "all_gather_into_tensor": "R", "reduce_scatter_tensor": "V", "all_to_all_single": "V"}[name]
 
@@ -89,21 +90,30 @@ def _join(node: fx.Node, name: str, types: list[str], env: Mapping[fx.Node, str]
         return "Z" if name in MOVES and types == ["Z"] else "R"
     first = env.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
     pending = [t for t in types if t != "Z"]
-    if name in MOVES or namespace_all_reduce(node):
+    if name in MOVES or _sums_elsewhere(node):
         return "P"
-    if name in PRODUCTS and types.count("P") == 1 and len(set(node.all_input_nodes)) == len(types) and not (name == "div" and first != "P"):
+    if name in PRODUCTS and types.count("P") == 1 and _factors(node) == len(types) and (name != "div" or first == "P"):
         return "P"
-    if name in TOGETHER and (set(pending) == {"P"} or (name in ("where", "masked_fill", "index_copy") and _but_selectors(node, name, env) <= {"P", "Z"})):
-        if not any(isinstance(a, (int, float)) and not isinstance(a, bool) and a for a in _addends(node, name)):
+    if name in TOGETHER and (set(pending) == {"P"} or (name in SELECTORS and _but_selectors(node, name, env) <= {"P", "Z"})):
+        if not any(isinstance(a, (int, float)) and a for a in _addends(node, name)):
             return "P"
     if (name in FIRST or "backward" in name) and first == "P" and types.count("P") == 1:
         return "P"
     raise Untyped(f"{node.format_node()}: {name} of a pending sum with {types}")
 
 
-def namespace_all_reduce(node: fx.Node) -> bool:
-    """A collective of another axis is linear."""
+def _sums_elsewhere(node: fx.Node) -> bool:
+    """A collective of another axis is linear, unless it takes maxima."""
     return str(node.target).startswith("_c10d_functional") and "max" not in node.args
+
+
+def _factors(node: fx.Node) -> int:
+    """How many tensors the arguments are, repeats counted: x · x isn't linear in x."""
+    flat = [b for a in node.args for b in (a if isinstance(a, (list, tuple)) else [a])]
+    return sum(isinstance(a, fx.Node) for a in flat)
+
+
+SELECTORS = ("where", "masked_fill", "index_copy")
 
 
 def _but_selectors(node: fx.Node, name: str, env: Mapping[fx.Node, str]) -> set[str]:

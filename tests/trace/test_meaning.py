@@ -150,9 +150,7 @@ class Norms(nn.Module):
 
 def test_norms_and_running_statistics() -> None:
     captured = agrees(Norms())
-    assert set(captured.graph.updates) == {
-        f"{m}.{b}" for m in "ab" for b in ("running_mean", "running_var", "num_batches_tracked")
-    }
+    assert set(captured.graph.updates) == {f"{m}.{b}" for m in "ab" for b in ("running_mean", "running_var", "num_batches_tracked")}
 
 
 # ---- autograd Functions, checkpointing, hooks
@@ -343,7 +341,7 @@ def test_meta_and_fake_models_capture_without_memory() -> None:
     with FakeTensorMode():
         fake = nn.Linear(1 << 20, 1 << 20)
         captured = capture(fake, (torch.empty(2, 1 << 20),), loss=loss)
-    assert [op.target for op in captured.graph.ops][0] == "aten.linear.default"
+    assert captured.graph.ops[0].target == "aten.linear.default"
     assert model.weight.device.type == "meta"
 
 

@@ -333,7 +333,8 @@ def _table() -> dict[str, RuleFunction]:
     add(reduction("sum", linear=True), "aten.sum.dim_IntList")
     add(reduction("sum", body="mean", linear=True), "aten.mean.dim")
     add(reduction("max"), "aten.amax.default")
-    whole = "amin.default prod.dim_int argmax.default max.dim min.dim any.dim all.dim var.correction std.correction logsumexp.default mode.default"
+    whole = """amin.default prod.dim_int argmax.default max.dim min.dim any.dim all.dim var.correction std.correction logsumexp.default
+     mode.default"""
     add(reduction(None), *(f"aten.{name}" for name in whole.split()))
     add(along(1), "aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumprod.default",
         "aten.sort.default", "aten.argsort.default")  # fmt: skip
