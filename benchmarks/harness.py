@@ -138,11 +138,19 @@ def machine(device: torch.device) -> dict[str, Any]:
         found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
     else:
         found["device"], found["threads"] = platform.processor() or "cpu", torch.get_num_threads()
+    found["commit"] = commit()
+    return found
+
+
+def commit() -> str:
+    """Of this checkout; empty where there is no git."""
     root = Path(__file__).parents[1]
     # safe.directory: the checkout may be another user's
-    git = subprocess.run(["git", "-c", f"safe.directory={root}", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    found["commit"] = git.stdout.strip()
-    return found
+    asked = ["git", "-c", f"safe.directory={root}", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(asked, cwd=root, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def record(name: str, content: Mapping[str, Any], device: torch.device, folder: Path = RESULTS) -> Path:

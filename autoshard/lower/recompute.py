@@ -2,9 +2,9 @@
 
 In: a joint graph's forward nodes, the backward's nodes, which inputs are free to keep (parameters, data). Out: the forward nodes that the
 backward makes again; what these and the backward read of the forward is saved. The fewest bytes are a minimum cut between what can't be
-made again (matmuls, attention, reductions, collectives, anything random) and what the backward reads, where cutting a value costs its bytes.
-Pointwise ops and views may be repeated: they fuse into the kernels that read them. A value that a matmul or another opaque kernel of the
-backward reads would have to be written to memory again, so it is saved as it is.
+made again (matmuls, attention, reductions, collectives, anything random) and what the backward reads, where cutting a value costs
+its bytes. Pointwise ops and views may be repeated: they fuse into the kernels that read them. A value that a matmul or another opaque
+kernel of the backward reads would have to be written to memory again, so it is saved as it is.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ VIEWS = frozenset(
 MOVES = frozenset("cat constant_pad_nd full zeros ones scalar_tensor new_zeros".split())
 
 
-def made_again(first: set[fx.Node], inputs: Iterable[fx.Node], free: set[fx.Node], later: list[fx.Node], results: Iterable[object]) -> set[fx.Node]:
+def made_again(
+    first: set[fx.Node], inputs: Iterable[fx.Node], free: set[fx.Node], later: list[fx.Node], results: Iterable[object]
+) -> set[fx.Node]:
     """The nodes of `first` that `later` makes again. `inputs`: placeholders; those in `free` cost nothing to keep."""
     read = {source for node in later for source in node.all_input_nodes} | {r for r in results if isinstance(r, fx.Node)}
     pinned = {_base(s, first) for node in later if not _cheap(node) for s in node.all_input_nodes}
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_nodes_from([SOURCE, SINK])
     for node in (*inputs, *first):
         size = _bytes(node)

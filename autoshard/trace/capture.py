@@ -1,7 +1,7 @@
 """capture(model, …) -> Captured: a plain model and an example batch become one Graph in normal form.
 
-The model runs once, on fake tensors, with what it would do in training: forward and the loss. What comes out is a straight line of functional
-ops of a small vocabulary (the rules of `normalise/` say which), with every parameter, buffer and input named, and every op's source line.
+The model runs once, on fake tensors, with what it would do in training: forward and the loss. What comes out is a straight line of
+functional ops of a small vocabulary (the rules of `normalise/` say which), every parameter, buffer and input named, every op with its line.
 
 >>> import torch
 >>> model = torch.nn.Linear(3, 2, bias=False)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import CaptureError
 from .captured import Draw
 from .draws import number_draws
-from .intercept import Watch, fake_like, first_line, no_checkpoint, quiet, same_attributes, whole_functions
+from .intercept import Watch, exact_sources, fake_like, first_line, no_checkpoint, quiet, same_attributes, whole_functions
 from .provenance import source_of_error
 from .regions import fold_dynamic, inline_regions
 
@@ -159,6 +159,7 @@ def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Call
         stack.enter_context(whole_functions(opaque))
         stack.enter_context(no_checkpoint())
         stack.enter_context(quiet())
+        stack.enter_context(exact_sources())
         tensors = tuple(fake_like(leaf, mode) for leaf in leaves if isinstance(leaf, Tensor))
         try:
             with Watch():

@@ -1,18 +1,23 @@
 """What stands between the model and torch while it is exported: each context manager keeps one meaning that export would drop.
 
 `whole_functions`: custom autograd Functions become one opaque op. `no_checkpoint`: recompute is the plan's choice. `Watch`: decides python
-branches on uniform draws, and refuses gradient hooks. `same_attributes`: forward's assignments to modules are undone. `quiet`: no dumps.
+branches on uniform draws, and refuses gradient hooks. `same_attributes`: forward's assignments to modules are undone. `exact_sources`: each
+node records the user's own line. `quiet`: no dumps.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx.proxy
+import torch.utils._pytree as pytree
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError
 from . import primitives
-from .provenance import source_here
+from .provenance import is_users, source_here
 
 
 def first_line(error: BaseException) -> str:
@@ -62,6 +67,26 @@ def quiet() -> Iterator[None]:
         del space["print"]
 
 
+@contextmanager
+def exact_sources() -> Iterator[None]:
+    """Record on each node the innermost of the user's frames, helper functions included; export keeps those named `forward` only."""
+    tracer: Any = torch.fx.proxy.TracerBase
+    usual = tracer._filter_traceback_frames
+
+    def innermost_frame(self: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
+        start = max((i for i, f in enumerate(frames) if f.name == "forward" and f.filename == _STEP), default=-1)
+        return traceback.StackSummary.from_list([f for f in frames[start + 1 :] if is_users(f.filename)][-1:])
+
+    tracer._filter_traceback_frames = innermost_frame
+    try:
+        yield
+    finally:
+        tracer._filter_traceback_frames = usual
+
+
+_STEP = str(Path(__file__).with_name("export.py"))
+
+
 # ---- torch.autograd.Function
 
 
@@ -93,6 +118,7 @@ def _describe_function(
     cls: type, args: tuple[Any, ...], opaque: dict[str, Callable[..., Any]]
 ) -> tuple[str, list[Tensor], Callable[[list[Tensor]], Any]]:
     """Register the call. Returns its key, its tensor arguments, and how to make the Function's own result of the opaque op's."""
+    _check_arguments(cls, args)
     at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     plain = [None if isinstance(a, Tensor) else a for a in args]
 
@@ -124,6 +150,18 @@ def _describe_function(
     return key, tensors, rebuild
 
 
+def _check_arguments(cls: type, args: tuple[Any, ...]) -> None:
+    """Tensors inside of other arguments would be frozen at their contents now."""
+    for a in args:
+        inside = [] if isinstance(a, Tensor) else pytree.tree_leaves(a)
+        if any(isinstance(leaf, (Tensor, torch.nn.Module)) for leaf in inside):
+            raise CaptureError(
+                f"the autograd Function {cls.__qualname__} takes tensors inside of a {type(a).__name__}",
+                where=source_here(),
+                hint="pass each tensor as an argument of its own",
+            )
+
+
 def _unless_cut(traced: Tensor, probe: Tensor) -> Tensor:
     return traced if probe.requires_grad or not probe.is_floating_point() else traced.detach()
 
@@ -133,7 +171,7 @@ def _run_aside(cls: type, fn: Callable[..., Any], tensors: list[Tensor]) -> Any:
     with _disable_current_modes(), torch.enable_grad():
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         probes = [fake_like(t, mode).requires_grad_(t.is_floating_point()) for t in tensors]
-        inputs = [p.view_as(p) for p in probes]  # not leaves: an in-place Function would fail on those for another reason
+        inputs = [p.clone() for p in probes]  # not leaves: an in-place Function would fail on those for another reason
         versions = [p._version for p in inputs]
         with mode:
             try:

@@ -22,6 +22,16 @@ REMOVED = frozenset(
 )
 
 
+# how many positional arguments the normal form gives
+ARITY = {
+    "aten.linear.default": 2, "aten.reshape.default": 2, "aten.permute.default": 2, "aten.expand.default": 2, "aten.slice.Tensor": 5,
+    "aten.split_with_sizes.default": 3, "aten.cat.default": 2, "aten.sum.dim_IntList": 3, "aten.mean.dim": 3, "aten.amax.default": 3,
+    "aten.amin.default": 3, "aten.softmax.int": 2, "aten.log_softmax.int": 2, "aten.layer_norm.default": 5, "aten.embedding.default": 2,
+    "aten._to_copy.default": 1, "aten.einsum.default": 2, "autoshard.attention.default": 6, "autoshard.dropout_mask.default": 5,
+    "autoshard.pick.default": 2, "autoshard.opaque.default": 2, "aten.slice_scatter.default": 6, "aten.arange.start_step": 3,
+}  # fmt: skip
+
+
 def check_model(model: torch.nn.Module) -> None:
     """Refuse hooks on gradients, which no captured graph would run; forward hooks are traced like any code."""
     for path, module in model.named_modules():
@@ -104,3 +114,7 @@ def verify_normal(captured: Captured) -> None:
         namespace, name, _ = op.target.split(".")
         assert namespace != "aten" or name not in REMOVED, f"{op.name}: {op.target} at {op.source} is not in normal form"
         assert "device" not in op.kwargs and "layout" not in op.kwargs, op
+        arity = ARITY.get(op.target)
+        assert arity is None or len(op.args) == arity, f"{op.name}: {op} has {len(op.args)} arguments, not {arity}"
+        if op.target in ("aten.reshape.default", "aten.expand.default", "aten.permute.default"):
+            assert all(isinstance(s, int) and s >= 0 for s in op.args[1]), op

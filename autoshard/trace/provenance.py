@@ -35,9 +35,14 @@ def source_here() -> str:
 
 def innermost(frames: list[tuple[str, str]]) -> str:
     for path, line in reversed(frames):
-        if not path.startswith((_TORCH, _HERE, "<")):
+        if is_users(path):
             return f"{_shorten(path)}:{line}"
     return ""
+
+
+def is_users(path: str) -> bool:
+    """Whether a frame's file is neither torch's nor capture's."""
+    return not path.startswith((_TORCH, _HERE, "<"))
 
 
 def module_of(node: fx.Node, prefix: str) -> str:

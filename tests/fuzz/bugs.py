@@ -92,7 +92,7 @@ def maximum_reduced_as_sum(original):  # type: ignore[no-untyped-def]
     return lambda x, reduce, spot: original(x, "sum", spot)
 
 
-def _pair(wrong: Callable[[Any, Any], Callable[[torch.Tensor], torch.Tensor] | None]) -> Callable[[Any], Any]:
+def _pair(wrong: Callable[[Any, Any], Callable[[Any, Any], Any] | None]) -> Callable[[Any], Any]:
     """A `move` whose backward is `wrong(a, b)` where that is something."""
 
     def breaks(original):  # type: ignore[no-untyped-def]
@@ -245,14 +245,14 @@ def slice_taken_from_the_end(original):  # type: ignore[no-untyped-def]
 
 
 @bug((partition, "localize"))
-def split_into_equal_parts(original):  # type: ignore[no-untyped-def]
-    """The parts of a split shard are taken to be as large as one another."""
+def split_sizes_of_another_rank(original):  # type: ignore[no-untyped-def]
+    """The first part of a split takes one more than this rank holds of it, the last one less."""
 
     def localize(op, held, out_shape):  # type: ignore[no-untyped-def]
         args = original(op, held, out_shape)
         if op.target != "aten.split_with_sizes.default" or args[1] == op.args[1]:
             return args
-        return (args[0], layout.split_sizes(sum(args[1]), len(args[1])), args[2])
+        return (args[0], tuple(n + (1 if i == 0 else -1 if i == len(args[1]) - 1 else 0) for i, n in enumerate(args[1])), args[2])
 
     return localize
 

@@ -52,7 +52,8 @@ def opaque_key(kind: str, shape: tuple[int, ...]) -> str:
 
 @dataclass
 class Case:
-    """`fills`: what a source holds. `plan`: the seed of the random plan; `data`: of all tensors; `dropout`: as lower.compile takes it."""
+    """`fills`: what a source holds. `plan`: the seed of the random plan; `data`: of all tensors; `dropout`: as lower.compile takes it;
+    `blocks`: "found" where the graph is thin, or "any": cut anywhere, so that many values cross, to several stages each."""
 
     graph: Graph = field(default_factory=Graph)
     fills: dict[str, str] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Case:
     plan: int = 0
     data: int = 0
     dropout: str = "philox"
+    blocks: str = "found"
 
     def source(
         self, name: str, role: str, shape: tuple[int, ...], dtype: str = "float64", fill: str = "normal", batch: int | None = None
@@ -78,7 +80,8 @@ class Case:
         values = self.graph.values
         if target == "autoshard.opaque.default":
             opaque_key(args[0].split("-")[1], tuple(int(n) for n in args[0].split("-")[2].split("x") if n))
-        made = call(target, *map_refs((args, kwargs), lambda r: _meta(values[r.name].tensor)), device="meta")
+        given, named = map_refs((args, kwargs), lambda r: _meta(values[r.name].tensor))
+        made = call(target, given, named, "meta")
         made = made if isinstance(made, tuple) else (made,)
         if not names:
             stem = f"v{len(self.graph.ops)}"
@@ -137,11 +140,13 @@ class Case:
         """Python that runs this case and fails as it does."""
         options = f'"{self.mesh}", microbatches={self.microbatches}, plan={self.plan}, data={self.data}'
         options += f', dropout="{self.dropout}"' if self.dropout != "philox" else ""
+        options += f', blocks="{self.blocks}"' if self.blocks != "found" else ""
         return f'from tests.fuzz.run import check\ncheck("""\n{self.text}\n""", {options})'
 
     @classmethod
-    def parse(cls, text: str, mesh: str = "dp=1", microbatches: int = 1, plan: int = 0, data: int = 0, dropout: str = "philox") -> Case:
-        case = cls(mesh=mesh, microbatches=microbatches, plan=plan, data=data, dropout=dropout)
+    def parse(cls, text: str, mesh: str = "dp=1", **options: Any) -> Case:
+        """Read what `text` wrote; `options`: the other fields."""
+        case = cls(mesh=mesh, **options)
         for line in filter(None, map(str.strip, text.splitlines())):
             if found := _SOURCE.fullmatch(line):
                 facts = dict(f.split("=") for f in found["facts"].split())

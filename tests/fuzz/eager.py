@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -154,9 +155,5 @@ class EagerInProcess(InProcess):
 @contextmanager
 def eager() -> Iterator[None]:
     """`lower.compile` makes eager modules in here, and their collectives wait for one another."""
-    kept = build.differentiate, collectives.Op
-    build.differentiate, collectives.Op = Eager, Rendezvous()  # type: ignore[assignment,misc]
-    try:
+    with patch.object(build, "differentiate", Eager), patch.object(collectives, "Op", Rendezvous()):
         yield
-    finally:
-        build.differentiate, collectives.Op = kept  # type: ignore[misc]

@@ -7,11 +7,14 @@ smooth and values stay near 1, so that 1e-9 tells a bug from rounding.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
+from collections.abc import Collection
 
 from autoshard.plan.microbatch import NotSplittable, split_time
-from autoshard.trace.blocks import find_blocks
+from autoshard.trace.blocks import Block, find_blocks, kind_of
+from autoshard.trace.graph import Graph
 
 from .case import Case
 from .maker import Maker
@@ -19,7 +22,8 @@ from .pieces import PIECES, norm
 from .soup import soup
 
 MESHES = [(p, d, t) for p in range(1, 5) for d in range(1, 17) for t in range(1, 17) if p * d * t <= 16]
-OFTEN = [1 / (p * d * t) for p, d, t in MESHES]
+OFTEN = [(p * d * t) ** -0.7 * (1 if t == 1 else 3) * (0.1 if p * d * t == 1 else 1) for p, d, t in MESHES]
+"""How often each mesh: small ones more (they are cheap), tp most (its plans differ most)."""
 OPS = range(5, 41)
 
 
@@ -122,9 +126,9 @@ def generate(seed: int) -> Case:
     rng = random.Random(f"run {seed}")
     case.plan = case.data = seed % 1000
     case.microbatches = rng.choice([n for n in (1, 1, 2, 2, 3, 4) if m.batch % n == 0])
-    case.dropout = rng.choice(("philox", "exact"))
+    case.dropout, case.blocks = rng.choice(("philox", "exact")), rng.choice(("found", "any"))
     pp, dp, tp = rng.choices(MESHES, OFTEN)[0]
-    case.mesh = f"pp={min(pp, blocks(case))} dp={dp} tp={tp}"
+    case.mesh = f"pp={min(pp, stages(case))} dp={dp} tp={tp}"
     return case
 
 
@@ -150,13 +154,26 @@ def fill(m: Maker) -> None:
     m.case.graph.loss = total(m, terms + loose[:6])
 
 
-def blocks(case: Case) -> int:
-    """How many stages the graph can be cut into."""
+def stages(case: Case) -> int:
+    """How many the graph can be cut into."""
     try:
         split = split_time(case.graph, case.microbatches)
     except NotSplittable:
         split = split_time(case.graph, 1)
-    return max(1, len(find_blocks(split.graph, split.once | split.data)))
+    find = find_blocks if case.blocks == "found" else functools.partial(any_blocks, case.plan)
+    return max(1, len(find(split.graph, split.once | split.data)))
+
+
+def any_blocks(seed: int, graph: Graph, apart: Collection[str]) -> list[Block]:
+    """In place of `find_blocks`: cuts anywhere, which is just as legal."""
+    rng = random.Random(f"blocks {seed}")
+    ops = [op for op in graph.ops if op.name not in apart]
+    found = []
+    while ops:
+        n = rng.randint(1, 8)
+        found.append(Block(tuple(op.name for op in ops[:n]), kind_of(ops[:n], graph, set(graph.roots))))
+        ops = ops[n:]
+    return found
 
 
 def settle(case: Case) -> Case:

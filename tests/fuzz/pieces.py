@@ -59,6 +59,7 @@ def attention(m: Maker, h: str) -> str:
         parts = (m.linear(h, heads * e), m.linear(h, kv * e), m.linear(h, kv * e))
     q, k, v = (m.permute(m.reshape(x, b, s, n, e), 0, 2, 1, 3) for x, n in zip(parts, (heads, kv, kv), strict=True))
     kind = m.rng.choice(("causal", "causal", "none", "keys", "bias", "full"))
+    mask: str | None
     if kind == "keys":
         mask = m.reshape(m.key_mask(b, s), b, 1, 1, s)
         mask = m.expand(mask, b, 1, s, s) if m.rng.random() < 0.5 else mask
@@ -227,6 +228,6 @@ def batch_statistics(m: Maker, h: str) -> str:
 
 
 PIECES: list[tuple[Callable[[Maker, str], str], int]] = [
-    (norm, 8), (mlp, 9), (gated, 6), (attention, 8), (eager_attention, 3), (mix_tokens, 3), (rotary, 3), (shift, 3), (masked, 4), (pool, 4),
-    (scaled, 4), (experts, 3), (heads, 5), (flatten, 2), (picked, 3), (conv, 1), (misc, 6), (batch_statistics, 1),
+    (norm, 8), (mlp, 9), (gated, 6), (attention, 14), (eager_attention, 3), (mix_tokens, 3), (rotary, 3), (shift, 3), (masked, 4),
+    (pool, 4), (scaled, 4), (experts, 3), (heads, 5), (flatten, 2), (picked, 3), (conv, 1), (misc, 6), (batch_statistics, 1),
 ]  # fmt: skip

@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from autoshard import lower
 from autoshard.errors import NoPlanError
-from autoshard.lower import bodies
+from autoshard.lower import bodies, build
+from autoshard.plan import search
 from autoshard.plan.search import random_plan
 from autoshard.plan.solve import TooWide
 from autoshard.runtime.in_process import InProcess
@@ -25,6 +29,7 @@ from autoshard.trace.interpret import call
 
 from .case import Case
 from .eager import EagerInProcess, eager
+from .generate import any_blocks
 
 TOLERANCE = 1e-9
 SMALL = 1e-4
@@ -70,7 +75,8 @@ def reference(case: Case) -> Outcome:
             shape, p, _, order, _ = op.args
             outs: Any = _draw(torch.tensor(_mix(case.data, order)), [torch.arange(n) for n in shape], shape, p, torch.float64)
         else:
-            outs = call(op.target, *map_refs((op.args, op.kwargs), lambda r: values[r.name]), device="cpu", opaque=opaque)
+            args, kwargs = map_refs((op.args, op.kwargs), lambda r: values[r.name])
+            outs = call(op.target, args, kwargs, "cpu", opaque)
         values.update(zip(op.outs, outs if isinstance(outs, tuple) else (outs,), strict=True))
     loss = values[graph.loss]
     found = torch.autograd.grad(loss, [values[v.name] for v in params], allow_unused=True)
@@ -81,6 +87,14 @@ def reference(case: Case) -> Outcome:
 
 def sharded(case: Case, full: bool) -> Outcome:
     """The step by a random plan on the case's mesh. `full`: through differentiated fx graphs, else eagerly. Raises Skipped."""
+    with ExitStack() as stack:
+        if case.blocks == "any":
+            for user in (search, build):
+                stack.enter_context(patch.object(user, "find_blocks", functools.partial(any_blocks, case.plan)))
+        return _run(case, full)
+
+
+def _run(case: Case, full: bool) -> Outcome:
     axes = dict(zip(case.shape.names, case.shape.sizes, strict=True))
     try:
         plan = random_plan(case.graph, axes, case.microbatches, case.plan)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from autoshard.trace.graph import Op, Ref, Tensor, map_refs
 
 from .case import Case
-from .generate import blocks
+from .generate import stages
 from .run import Failure, Skipped, trial
 
 PLANS = 6
@@ -43,7 +43,9 @@ def _still(case: Case, fails: Fails) -> tuple[Case, Failure] | None:
         tried = dataclasses.replace(case, plan=plan)
         try:
             failure = fails(tried)
-        except (Skipped, RuntimeError, AssertionError, IndexError, ValueError, TypeError):  # the smaller graph itself makes no sense
+        except Skipped:
+            continue
+        except (RuntimeError, AssertionError, IndexError, ValueError, TypeError):  # the smaller graph itself makes no sense
             return None
         if failure:
             return tried, failure
@@ -75,6 +77,8 @@ def _fewer_ranks(case: Case) -> Iterator[Case]:
             yield dataclasses.replace(case, mesh=" ".join(f"{a}={k}" for a, k in axes.items()))
     for count in [k for k in (1, 2) if k < case.microbatches]:
         yield dataclasses.replace(case, microbatches=count)
+    if case.blocks != "found":
+        yield dataclasses.replace(case, blocks="found")
 
 
 def _try(make: Callable[[], Case | None]) -> Iterator[Case]:
@@ -82,7 +86,7 @@ def _try(make: Callable[[], Case | None]) -> Iterator[Case]:
         made = make()
     except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AssertionError):  # an op that its new operands don't fit
         return
-    if made is not None and made.graph.values[made.graph.loss].grad and made.shape.size("pp") <= blocks(made):
+    if made is not None and made.graph.values[made.graph.loss].grad and made.shape.size("pp") <= stages(made):
         yield made
 
 

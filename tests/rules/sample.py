@@ -54,7 +54,7 @@ def sample(target: str, *args: Any, frozen: Sequence[int] = (), note: str = "", 
         if isinstance(tree, Tensor):
             name = f"x{len(tensors)}"
             tensors[name] = tree
-            grad = tree.is_floating_point() and len(tensors) - 1 not in frozen
+            grad = (tree.is_floating_point() or tree.is_complex()) and len(tensors) - 1 not in frozen
             graph.add_value(name, _described(tree), role="input", grad=grad)
             return Ref(name)
         if isinstance(tree, (tuple, list)):

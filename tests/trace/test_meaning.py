@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -349,7 +350,22 @@ def test_provenance_names_the_line_and_the_module() -> None:
     graph = capture(NestedModes(), (torch.ones(8, 8),)).graph
     linear = next(op for op in graph.ops if op.target == "aten.linear.default")
     assert linear.module == "a"
-    assert linear.source.startswith("tests/trace/test_meaning.py:")
+    lines, first = inspect.getsourcelines(NestedModes)
+    at = next(n for n, line in enumerate(lines) if "z = self.a(x)" in line)
+    assert linear.source == f"tests/trace/test_meaning.py:{first + at}"
+
+
+def test_provenance_reaches_into_helper_functions() -> None:
+    def helper(x: Tensor) -> Tensor:
+        return x.cos()  # here
+
+    class Model(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return helper(self.a(x)).sum()
+
+    cos = next(op for op in capture(Model(), (torch.ones(2, 8),)).graph.ops if op.target == "aten.cos.default")
+    assert cos.source == f"tests/trace/test_meaning.py:{helper.__code__.co_firstlineno + 1}"
+    assert cos.module == ""
 
 
 def test_outputs_are_recorded_by_name() -> None:

@@ -94,6 +94,27 @@ def users_own(self: Any, x: Tensor) -> Tensor:
     raise TypeError("no such thing")  # here
 
 
+class TakesList(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, more: list[Tensor]) -> Tensor:
+        return x + more[0]
+
+
+class WritesInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+
+def takes_list(self: Any, x: Tensor) -> Tensor:
+    return TakesList.apply(x, [self.a(x)]).sum()  # here
+
+
+def writes_input(self: Any, x: Tensor) -> Tensor:
+    return WritesInput.apply(self.a(x)).sum()  # here
+
+
 class Noise(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -118,6 +139,8 @@ class Noise(nn.Module):
         (no_loss, r"pass loss="),
         (no_gradient, "no trainable parameter"),
         (by_frequency, "scale_grad_by_freq"),
+        (takes_list, "takes tensors inside of a list"),
+        (writes_input, "writes into its inputs"),
         (users_own, "no such thing"),
     ],
 )

@@ -1,0 +1,55 @@
+"""What a block saves: what matmuls read and make, once each, not the pointwise values between; and the merged backward is the two parts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoshard.lower import compile as lower
+from autoshard.mesh import Mesh
+from autoshard.plan.search import search
+from autoshard.trace.capture import capture
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(8, 8, bias=False)
+        self.gate, self.up, self.down = nn.Linear(8, 24, bias=False), nn.Linear(8, 24, bias=False), nn.Linear(24, 8, bias=False)
+
+    def forward(self, x):
+        h = self.stem(x)
+        return (h + self.down(F.silu(self.gate(h)) * self.up(h))).square().mean()
+
+
+def module():
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    captured = capture(Gated(), (x,))
+    program = lower(captured, search(captured.graph, None, Mesh.of({"dp": 1}), None, {}))
+    (found,) = [call.module for call in program.ranks[0].blocks if len(call.module.grad_params) == 3]
+    return found
+
+
+def test_pointwise_values_are_made_again():
+    found = module()
+    saved = next(n for n in found.forward.graph.nodes if n.op == "output").args[0][found.outputs :]
+    made = [n for n in saved if n.op != "placeholder"]
+    # gate and up, the product that `down`'s weight gradient reads, and the sum that is squared; not silu(gate)
+    assert sorted(tuple(n.meta["val"].shape) for n in made) == [(6, 8)] + [(6, 24)] * 3
+    assert sorted(str(n.target) for n in made) == ["aten.add.Tensor", "aten.mm.default", "aten.mm.default", "aten.mul.Tensor"]
+
+
+def test_the_whole_backward_is_both_parts():
+    found = module()
+    torch.manual_seed(0)
+    inputs = [torch.randn(n.meta["val"].shape) for n in found.forward.graph.nodes if n.op == "placeholder"]
+    outputs = found.forward(*inputs)
+    saved, grad = outputs[found.outputs :], torch.randn_like(outputs[0])
+    parts = found.backward_input(*saved, grad)
+    n = len(found.grad_inputs)
+    apart = (*parts[:n], *found.backward_weight(*parts[n:]))
+    together = found.backward(*saved, grad)
+    assert len(apart) == len(together) == 4
+    for a, b in zip(apart, together, strict=True):
+        assert torch.equal(a, b)
