@@ -65,6 +65,8 @@ def reduce_scatter(x: torch.Tensor, dim: int, local: Local, spot: Spot) -> torch
 
 def all_to_all(x: torch.Tensor, here: int, there: int, source: Local, target: Local, spot: Spot) -> torch.Tensor:
     """From a shard of dim `here` (cut as `source`) to one of dim `there` (cut as `target`)."""
+    if x.is_complex():  # the other collectives take complex numbers, this one doesn't
+        return torch.view_as_complex(all_to_all(torch.view_as_real(x), here, there, source, target, spot))
     pieces = divide(x, there, target)
     mine, held = lengths(target)[spot.coord], lengths(source)
     shapes = []

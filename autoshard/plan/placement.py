@@ -324,6 +324,7 @@ class _Tables:
     def __init__(self, space: Space, prices: Prices) -> None:
         self.space, self.prices, self.graph = space, prices, space.split.graph
         self.memo: dict[object, float] = {}
+        self.edges: dict[object, np.ndarray] = {}
 
     def unary(self, op: Op) -> np.ndarray:
         return self.prices.op(op, self.space.rules[op.name], self.graph, self.space.domains[op.name], self.space.sizes)
@@ -333,12 +334,15 @@ class _Tables:
 
     def edge(self, source: Op | None, op: Op, name: str, positions: list[int]) -> np.ndarray:
         """Rows: what the source produces (or stores); columns: what the op takes."""
-        if source is None:
-            have = list(self.space.storage[name])
-            weight = self.prices.per_step
-        else:
-            have, weight = self.made(source, name), 1.0
-        return self._moves(have, self._wanted(op, positions), name) * weight
+        v = self.graph.values[name]
+        # layers that are alike share their domains, as objects
+        made = tuple(self.space.storage[name]) if source is None else (id(self.space.domains[source.name]), source.outs.index(name))
+        key = (made, id(self.space.domains[op.name]), tuple(positions), v.tensor, v.grad)
+        if key not in self.edges:
+            have = list(self.space.storage[name]) if source is None else self.made(source, name)
+            weight = self.prices.per_step if source is None else 1.0
+            self.edges[key] = self._moves(have, self._wanted(op, positions), name) * weight
+        return self.edges[key]
 
     def from_fixed(self, op: Op, name: str, positions: list[int]) -> np.ndarray:
         return self._moves([self.space.held[name]], self._wanted(op, positions), name)[0]

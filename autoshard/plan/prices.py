@@ -5,6 +5,7 @@ The planner's only way to the cost model (`costs/`); one instance serves one clu
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +14,7 @@ import numpy as np
 from ..layout import Layout, Type, gradient, local_shape, transition
 from ..mesh import Mesh
 from ..trace.blocks import is_heavy
-from ..trace.graph import Graph, Op, Tensor, Value
+from ..trace.graph import ITEMSIZE, Graph, Op, Tensor, Value
 from ..trace.ops.rule import Rule, Strategy
 from .cluster import Cluster
 from .costs import collective
@@ -64,7 +65,7 @@ class Prices:
     def op(self, op: Op, rule: Rule, graph: Graph, choices: Sequence[Pair], sizes: tuple[int, ...]) -> np.ndarray:
         values = graph.values
         operands, outs = [values[n] for n in op.inputs], [values[n] for n in op.outs]
-        key = (op.target, repr(op.args)[:400], tuple((v.tensor, v.grad) for v in (*operands, *outs)), id(choices))
+        key = (op.target, repr(op.args)[:400], tuple((v.tensor, v.grad) for v in (*operands, *outs)), tuple(choices))
         if key not in self.unary:
             work, heavy = flops(op, values), is_heavy(op)
             self.unary[key] = np.array([self._one(op, work, heavy, operands, outs, pair, sizes) for pair in choices])
@@ -149,12 +150,13 @@ def _largest_share(strategy: Strategy, operands: Sequence[Value], outs: Sequence
     return 1.0
 
 
+@functools.lru_cache(maxsize=1 << 18)
 def _local_numel(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> int:
     return math.prod(local_shape(tensor.shape, layout, sizes, (0,) * len(sizes)))
 
 
 def _local_bytes(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> float:
-    return Tensor(local_shape(tensor.shape, layout, sizes, (0,) * len(sizes)), tensor.dtype).bytes
+    return _local_numel(tensor, layout, sizes) * ITEMSIZE[tensor.dtype]
 
 
 class RandomPrices:

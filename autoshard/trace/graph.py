@@ -101,12 +101,22 @@ class Op:
     def inputs(self) -> list[str]:
         """Names of the values that the arguments refer to, in order, repeats kept."""
         found: list[str] = []
-        map_refs((self.args, self.kwargs), lambda ref: found.append(ref.name))
+        _collect(self.args, found)
+        if self.kwargs:
+            _collect(self.kwargs, found)
         return found
 
     def __str__(self) -> str:
         args = [repr(a) for a in self.args] + [f"{k}={v!r}" for k, v in self.kwargs.items()]
         return f"{self.target}({', '.join(args)})"
+
+
+def _collect(tree: Any, found: list[str]) -> None:
+    for item in tree.values() if type(tree) is dict else tree:
+        if type(item) is Ref:
+            found.append(item.name)
+        elif type(item) in (tuple, list, dict):
+            _collect(item, found)
 
 
 def map_refs(tree: Any, fn: Callable[[Ref], Any]) -> Any:

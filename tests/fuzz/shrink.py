@@ -15,8 +15,8 @@ from .case import Case
 from .generate import stages
 from .run import Failure, Skipped, trial
 
-PLANS = 6
-"""Seeds of plans to try on each smaller case."""
+PLANS = (1, 6)
+"""Further seeds of plans to try on each smaller case: few while it is large."""
 Fails = Callable[[Case], Failure | None]
 
 
@@ -25,21 +25,22 @@ def shrink(case: Case, fails: Fails = trial, seconds: float = 60.0) -> tuple[Cas
     failure = fails(case)
     assert failure is not None, "only a failing case can be shrunk"
     deadline = time.monotonic() + seconds
-    found = True
-    while found and time.monotonic() < deadline:
-        found = False
-        for smaller in _smaller(case):
-            if time.monotonic() > deadline:
-                break
-            if hit := _still(smaller, fails):
-                (case, failure), found = hit, True
-                break
+    for plans in PLANS:
+        found = True
+        while found and time.monotonic() < deadline:
+            found = False
+            for smaller in _smaller(case):
+                if time.monotonic() > deadline:
+                    break
+                if hit := _still(smaller, fails, plans):
+                    (case, failure), found = hit, True
+                    break
     return case, failure
 
 
-def _still(case: Case, fails: Fails) -> tuple[Case, Failure] | None:
+def _still(case: Case, fails: Fails, plans: int) -> tuple[Case, Failure] | None:
     """The case with a plan on which it fails, if there is one."""
-    for plan in dict.fromkeys((case.plan, *range(PLANS))):
+    for plan in dict.fromkeys((case.plan, *range(plans))):
         tried = dataclasses.replace(case, plan=plan)
         try:
             failure = fails(tried)
@@ -56,12 +57,12 @@ def _smaller(case: Case) -> Iterator[Case]:
     """Candidates, those that cut most first."""
     yield from _fewer_ranks(case)
     ops = case.graph.ops
+    for op in reversed(ops):  # everything before a value gone: it is an input
+        yield from _try(lambda op=op: _without(case, op, "input"))  # type: ignore[misc]
     for op in ops[: len(ops) * 3 // 4]:  # everything after a value gone: the loss is its sum
         for out in op.outs:
             if case.graph.values[out].grad and op.target != "aten.sum.dim_IntList":
                 yield from _try(lambda out=out: _summed(case, out))  # type: ignore[misc]
-    for op in reversed(ops):  # everything before a value gone: it is an input
-        yield from _try(lambda op=op: _without(case, op, "input"))  # type: ignore[misc]
     for op in reversed(ops):  # one op gone: one of its operands stands for it
         for name in dict.fromkeys(op.inputs):
             yield from _try(lambda op=op, name=name: _without(case, op, name))  # type: ignore[misc]

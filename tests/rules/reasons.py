@@ -54,6 +54,8 @@ def reason(s: Sample, t: Strategy) -> str:
         return "The result doesn't depend on the operand's values, or on terms that are finite: a constant. Nothing need be pending for it."
     if "norm" in name and t.ins[0] == R:
         return "Linear in its weights, but parameters are stored, never pending."
+    if name == "polar":
+        return "Linear in the radius, but torch's backward takes it to be positive, which a term needn't be."
     if name == "slice":
         return "Holds only where a window or a step happens to cut each rank's part alike; cuts that neighbours name are followed."
     if name == "attention" and S(3) in t.ins:

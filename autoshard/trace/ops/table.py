@@ -325,7 +325,7 @@ def _table() -> dict[str, RuleFunction]:
     add(matmul, "aten.matmul.default")
     add(einsum, "aten.einsum.default")
     add(linear_in("01"), "aten.complex.default")
-    add(linear_in("0"), "aten.polar.default")
+    add(pointwise, "aten.polar.default")
     add(notation("… -> … pair!", "0"), "aten.view_as_real.default")
     add(notation("… pair! -> …", "0"), "aten.view_as_complex.default")
     add(notation("… m! n! -> … m! n!", "0"), "aten.tril.default", "aten.triu.default")
