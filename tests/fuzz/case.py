@@ -53,7 +53,8 @@ def opaque_key(kind: str, shape: tuple[int, ...]) -> str:
 @dataclass
 class Case:
     """`fills`: what a source holds. `plan`: the seed of the random plan; `data`: of all tensors; `dropout`: as lower.compile takes it;
-    `blocks`: "found" where the graph is thin, or "any": cut anywhere, so that many values cross, to several stages each."""
+    `blocks`: "found" where the graph is thin; "fold": and blocks that are alike placed alike; "any": cut anywhere, so that many values
+    cross, to several stages each."""
 
     graph: Graph = field(default_factory=Graph)
     fills: dict[str, str] = field(default_factory=dict)

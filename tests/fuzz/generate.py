@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from autoshard.plan.microbatch import NotSplittable, split_time
 from autoshard.trace.blocks import Block, find_blocks, kind_of
@@ -18,7 +18,7 @@ from autoshard.trace.graph import Graph
 
 from .case import Case
 from .maker import Maker
-from .pieces import PIECES, norm
+from .pieces import PIECES, SMALL, Piece, norm
 from .soup import soup
 
 MESHES = [(p, d, t) for p in range(1, 5) for d in range(1, 17) for t in range(1, 17) if p * d * t <= 16]
@@ -96,22 +96,28 @@ def total(m: Maker, terms: list[str]) -> str:
 
 
 def layers(m: Maker, h: str, budget: int, made: list[str]) -> str:
-    """Pieces on the stream, some groups of them several times over with the same structure."""
+    """Pieces on the stream: different ones, or one small layer several times over with the same structure."""
+    deep = m.rng.random() < 0.3
     while len(m.case.graph.ops) < budget:
-        pieces = m.rng.choices([p for p, _ in PIECES], [w for _, w in PIECES], k=m.rng.choice((1, 1, 2, 2, 3)))
-        if m.rng.random() < 0.5:
-            pieces = [norm, *pieces] if pieces[0] is not norm else pieces
-        same, now = m.rng.randrange(1 << 30), m.rng
-        before = len(m.case.graph.ops)
-        for layer in range(m.rng.choice((1, 1, 2, 3))):
-            m.layer = layer
-            m.rng = random.Random(same)
-            for piece in pieces:
-                h = piece(m, h)
-                made.append(h)
-            if 2 * len(m.case.graph.ops) - before > budget + 6:
-                break
-        m.rng = now
+        table = [(p, w) for p, w in PIECES if not deep or p in SMALL]
+        pieces = m.rng.choices([p for p, _ in table], [w for _, w in table], k=1 if deep else m.rng.choice((1, 1, 2, 2, 3)))
+        if pieces[0] is not norm and m.rng.random() < 0.4:
+            pieces = [norm, *pieces]
+        h = repeated(m, h, pieces, m.rng.choice((2, 3, 4)) if deep else m.rng.choice((1, 1, 2)), budget, made)
+    return h
+
+
+def repeated(m: Maker, h: str, pieces: Sequence[Piece], times: int, budget: int, made: list[str]) -> str:
+    same, now, before = m.rng.randrange(1 << 30), m.rng, len(m.case.graph.ops)
+    for layer in range(times):
+        m.layer = layer
+        m.rng = random.Random(same)
+        for piece in pieces:
+            h = piece(m, h)
+            made.append(h)
+        if 2 * len(m.case.graph.ops) - before > budget + 8:
+            break
+    m.rng = now
     return h
 
 
@@ -126,7 +132,7 @@ def generate(seed: int) -> Case:
     rng = random.Random(f"run {seed}")
     case.plan = case.data = seed % 1000
     case.microbatches = rng.choice([n for n in (1, 1, 2, 2, 3, 4) if m.batch % n == 0])
-    case.dropout, case.blocks = rng.choice(("philox", "exact")), rng.choice(("found", "any"))
+    case.dropout, case.blocks = rng.choice(("philox", "exact")), rng.choice(("found", "fold", "any"))
     pp, dp, tp = rng.choices(MESHES, OFTEN)[0]
     case.mesh = f"pp={min(pp, stages(case))} dp={dp} tp={tp}"
     return case
@@ -160,7 +166,7 @@ def stages(case: Case) -> int:
         split = split_time(case.graph, case.microbatches)
     except NotSplittable:
         split = split_time(case.graph, 1)
-    find = find_blocks if case.blocks == "found" else functools.partial(any_blocks, case.plan)
+    find = functools.partial(any_blocks, case.plan) if case.blocks == "any" else find_blocks
     return max(1, len(find(split.graph, split.once | split.data)))
 
 

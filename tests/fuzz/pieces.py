@@ -227,7 +227,10 @@ def batch_statistics(m: Maker, h: str) -> str:
     return m.op("sub.Tensor", h, mean)
 
 
-PIECES: list[tuple[Callable[[Maker, str], str], int]] = [
+Piece = Callable[[Maker, str], str]
+SMALL: list[Piece] = [mlp, gated, mix_tokens, heads, flatten, norm]
+"""Pieces of few ops, for layers that repeat."""
+PIECES: list[tuple[Piece, int]] = [
     (norm, 8), (mlp, 9), (gated, 6), (attention, 14), (eager_attention, 3), (mix_tokens, 3), (rotary, 3), (shift, 3), (masked, 4),
     (pool, 4), (scaled, 4), (experts, 3), (heads, 5), (flatten, 2), (picked, 3), (conv, 1), (misc, 6), (batch_statistics, 1),
 ]  # fmt: skip

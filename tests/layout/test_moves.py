@@ -17,11 +17,12 @@ from autoshard.runtime.in_process import Player
 def test_all_to_all(dtype: torch.dtype) -> None:
     x = torch.randn(5, 7, dtype=dtype)
     rows, columns = split_sizes(5, 2), split_sizes(7, 2)
-    runs = []
-    for rank, part in enumerate(x.split(rows)):
+
+    def traced(rank: int, part: torch.Tensor) -> torch.fx.GraphModule:
         spot = Spot("tp", 2, rank)
-        graph = make_fx(lambda t, spot=spot: (all_to_all(t, 0, 1, ((1, rows, 1),), ((1, columns, 1),), spot),), tracing_mode="fake")(part)
-        runs.append(coroutine(graph)(part))
+        return make_fx(lambda t: (all_to_all(t, 0, 1, ((1, rows, 1),), ((1, columns, 1),), spot),), tracing_mode="fake")(part)
+
+    runs = [coroutine(traced(rank, part))(part) for rank, part in enumerate(x.split(rows))]
     results = Player(Mesh(("tp",), (2,)), runs, str).play()
     for (found,), expected in zip(results, x.split(columns, 1), strict=True):
         assert torch.equal(found, expected)

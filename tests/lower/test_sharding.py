@@ -7,13 +7,13 @@ from collections import Counter
 from functools import cache
 
 import pytest
-from tests import zoo
 
 from autoshard.lower import compile
 from autoshard.lower.program import Call, Program
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.search import search
 from autoshard.trace.capture import Captured, capture
+from tests import zoo
 
 DENSE = ("gpt2", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "starcoder2",
          "cohere", "granite", "glm4", "bert")  # fmt: skip

@@ -55,9 +55,15 @@ def test_a_plan_of_another_graph_is_stale(captured: Captured) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("version: 1", "version: 7"), ("microbatches: 2", "microbatches: 0"), ("cuts:\n- 0", "cuts:\n- 1"), ("S(", "T("), ("mesh: pp=", "mesh: pp:"),
-     ("schedule:", "shedule:")],
-)  # fmt: skip
+    [
+        ("version: 1", "version: 7"),
+        ("microbatches: 2", "microbatches: 0"),
+        ("cuts:\n- 0", "cuts:\n- 1"),
+        ("S(", "T("),
+        ("mesh: pp=", "mesh: pp:"),
+        ("schedule:", "shedule:"),
+    ],
+)
 def test_a_damaged_plan_is_refused(captured: Captured, old: str, new: str) -> None:
     text = search(captured.graph, mesh={"dp": 2, "tp": 2}, microbatches=2).to_yaml()
     assert old in text
