@@ -29,7 +29,7 @@ COMPARED = 50
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--batch", type=int, default=16, help="sequences in the global batch")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=60, help="steps over which the learning rate rises")

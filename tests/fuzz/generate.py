@@ -97,7 +97,8 @@ def total(m: Maker, terms: list[str]) -> str:
 
 def layers(m: Maker, h: str, budget: int, made: list[str]) -> str:
     """Pieces on the stream: different ones, or one small layer several times over with the same structure."""
-    deep = m.rng.random() < 0.3
+    deep = m.rng.random() < 0.35
+    budget = max(budget, 22) if deep else budget
     while len(m.case.graph.ops) < budget:
         table = [(p, w) for p, w in PIECES if not deep or p in SMALL]
         pieces = m.rng.choices([p for p, _ in table], [w for _, w in table], k=1 if deep else m.rng.choice((1, 1, 2, 2, 3)))

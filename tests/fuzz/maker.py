@@ -78,7 +78,7 @@ class Maker:
 
     def residual(self, x: str, y: str) -> str:
         # layers that are alike but for a number are what modules must not be shared between
-        x = self.op("mul.Tensor", x, round(1 / (self.layer + 2), 3)) if self.rng.random() < 0.3 else x
+        x = self.op("mul.Tensor", x, round(1 / (self.layer + 2), 3)) if self.rng.random() < 0.4 else x
         return self.op("add.Tensor", x, y)
 
     def dropout(self, x: str) -> str:
