@@ -109,7 +109,7 @@ def _eliminate(tables: dict[Scope, np.ndarray], sizes: dict[str, int], names: li
             raise TooWide(f"{math.prod(sizes[u] for u in rest) * sizes[v]} entries over {len(rest) + 1} variables")
         full = (*rest, v)
         total = np.zeros((1,) * len(full))
-        for scope in sorted(scopes, key=len):
+        for scope in sorted(scopes, key=lambda s: (len(s), s)):
             total = total + _spread(tables.pop(scope), scope, full)
             for u in scope:
                 if u != v:

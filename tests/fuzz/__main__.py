@@ -91,7 +91,8 @@ def find_bugs(names: Sequence[str], options: argparse.Namespace) -> int:
             print(f"{find.name:45} {'-':>5} {find.seconds:5.0f} {'-':>5}  not found in {find.tried} graphs", flush=True)
         else:
             lines = find.small.script.count("\n") + 1
-            print(f"{find.name:45} {find.seed:5d} {find.seconds:5.0f} {lines:5d}  {str(find.failure)[:90]}", flush=True)
+            what = str(find.failure).splitlines()[0][:90]
+            print(f"{find.name:45} {find.seed:5d} {find.seconds:5.0f} {lines:5d}  {what}", flush=True)
     print(f"{len(names) - len(missed)} of {len(names)} bugs found within {options.count} graphs each")
     return 1 if missed else 0
 

@@ -213,7 +213,7 @@ def factor_cuts(factor: Factor, operands: Sequence[Value], outs: Sequence[Value]
     for v, place in [*zip(operands, factor.ins, strict=True), *zip(outs, factor.outs, strict=True)]:
         if not isinstance(place, Place):
             continue
-        for t in seeds.get(v.name, ()):
+        for t in sorted(seeds.get(v.name, ()), key=str):  # a set's own order differs between processes
             if t.dim == place.dim:
                 cut = place.factor_cut(t.cut, v.tensor.shape[t.dim], factor.size, parts)
                 if cut is not None:
