@@ -97,9 +97,7 @@ def _split(
         return Module(forward, backward_input, None, outputs, grad_outputs, tuple(grad_inputs), (), key)
     backward_weight = _extract(joint, kept, nodes, tail, of_params)
     backward = _extract(joint, [*saved, *tangents], nodes, second | third | again, [*of_inputs, *of_params])
-    return Module(
-        forward, backward_input, backward_weight, outputs, grad_outputs, tuple(grad_inputs), tuple(grad_params), key, backward
-    )
+    return Module(forward, backward_input, backward_weight, outputs, grad_outputs, tuple(grad_inputs), tuple(grad_params), key, backward)
 
 
 def _without_detach(graph: fx.Graph) -> None:

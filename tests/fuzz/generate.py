@@ -27,9 +27,6 @@ OFTEN = [(p * d * t) ** -0.7 * (1 if t == 1 else 3) * (0.1 if p * d * t == 1 els
 OPS = range(5, 41)
 
 
-
-
-
 def start(m: Maker) -> tuple[str, str | None]:
     """The first stream, and the embedding if there is one."""
     b, s, d = m.batch, m.seq, m.width

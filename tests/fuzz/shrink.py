@@ -15,7 +15,7 @@ from .case import Case
 from .generate import stages
 from .run import Failure, Skipped, trial
 
-PLANS = (1, 6)
+PLANS = (1, 6, 30)
 """Further seeds of plans to try on each smaller case: few while it is large."""
 Fails = Callable[[Case], Failure | None]
 
@@ -63,9 +63,13 @@ def _smaller(case: Case) -> Iterator[Case]:
         for out in op.outs:
             if case.graph.values[out].grad and op.target != "aten.sum.dim_IntList":
                 yield from _try(lambda out=out: _summed(case, out))  # type: ignore[misc]
-    for op in reversed(ops):  # one op gone: one of its operands stands for it
-        for name in dict.fromkeys(op.inputs):
+    for op in reversed(ops):  # one op gone: a value from before it, of the same shape, stands for it
+        for name in _alike(case, op):
             yield from _try(lambda op=op, name=name: _without(case, op, name))  # type: ignore[misc]
+    for op in ops:
+        if op.target == "aten.layer_norm.default" and op.args[2:4] != (None, None):
+            plain = dataclasses.replace(op, args=(*op.args[:2], None, None, *op.args[4:]))
+            yield from _try(lambda op=op, plain=plain: _rebuilt(case, [plain if o is op else o for o in ops]))  # type: ignore[misc]
     if case.graph.updates:
         yield from _try(lambda: _rebuilt(case, ops, updates=False))
 
@@ -89,6 +93,13 @@ def _try(make: Callable[[], Case | None]) -> Iterator[Case]:
         return
     if made is not None and made.graph.values[made.graph.loss].grad and made.shape.size("pp") <= stages(made):
         yield made
+
+
+def _alike(case: Case, op: Op) -> list[str]:
+    """Values of the shape of an op's output that are there before it: the earliest two, and its operands."""
+    values, made = case.graph.values, {n for o in case.graph.ops[case.graph.ops.index(op) :] for n in o.outs}
+    fits = [n for n, v in values.items() if n not in made and v.tensor == values[op.outs[0]].tensor and v.role in ("value", "input")]
+    return list(dict.fromkeys((*fits[:2], *op.inputs)))
 
 
 def _summed(case: Case, name: str) -> Case | None:
@@ -149,8 +160,6 @@ def _rebuilt(
     new.graph.loss = instead.get(loss, loss)
     new.graph.updates = {path: value for path, value in targets.items() if path in new.graph.values}
     return new
-
-
 
 
 def report(case: Case, failure: Failure) -> str:
