@@ -1,4 +1,4 @@
-"""python -m tests.fuzz [--count 1000] [--seed 0] [--jobs 2] [--full-every 15] [--bugs [NAME …]]
+"""python -m tests.fuzz [--count 1000] [--seed 0] [--jobs 2] [--full-every 20] [--bugs [NAME …]]
 
 Compares random graphs on random meshes with one device and prints each mismatch as a script of a few lines; or, with --bugs, how soon
 each planted bug is found.

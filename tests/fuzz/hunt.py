@@ -12,7 +12,7 @@ from .generate import generate
 from .run import Failure, Outcome, Skipped, reference, trial
 from .shrink import report, shrink
 
-FULL_EVERY = 15
+FULL_EVERY = 20
 """One graph in so many goes through differentiated fx graphs too, which takes a second or two."""
 
 
