@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..layout import I, Layout, R
+from ..plan import schedules
 from ..plan.microbatch import TimeSplit, split_time
 from ..plan.plan import Plan
 from ..plan.stages import crossings, needed_data, stage_of
@@ -25,7 +26,8 @@ INNER = ("dp", "tp")
 
 def compile(captured: Captured, plan: Plan, *, ranks: Sequence[int] | None = None, dropout: str = "philox") -> Program:
     """The program of a plan: deterministic, no devices needed. `ranks`: build only these (others are None); `dropout`: "exact"
-    replays torch's own random stream (for tests). Raises StalePlanError if the plan is another graph's."""
+    replays torch's own random stream (for tests). Raises StalePlanError if the plan is another graph's, DeadlockError if its
+    instructions could leave a rank waiting."""
     plan.check(captured.graph)
     split = split_time(captured.graph, plan.microbatches)
     builder = _Builder(captured, plan, split, dropout)
@@ -52,6 +54,8 @@ class _Builder:
         self.producer = self.graph.producer()
         self.home = stage_of(self.plan.cuts, self.blocks)
         self.crossing = crossings(self.split, self.blocks, self.plan.cuts)
+        grads = [edge for edge, names in self.crossing.items() if any(self.graph.values[n].grad for n in names)]
+        schedules.check(self.plan.instructions, list(self.crossing), grads)  # a plan may have been edited since it was made
         mesh = self.plan.mesh
         self.sizes = (mesh.size("dp"), mesh.size("tp"))
         self.held: dict[str, Layout] = dict(self.plan.inputs)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.fx import traceback
 
-from ..layout import I, Layout, P, R, Type, dim_positions, local_shape, segments
+from ..layout import Layout, Type, dim_positions, local_shape, segments
 from ..plan.placement import AXES, Pair, path
 from ..trace.graph import Graph, Op, Ref, Tensor, map_refs
 from ..trace.interpret import call
@@ -310,6 +310,3 @@ def _runner(op: Op, opaque: Mapping[str, Fn]) -> Fn:
         return call(op.target, args, kwargs, device="cpu")
 
     return fn
-
-
-__all__ = ["I", "P", "Partitioner", "Port", "R", "Routine", "Step", "value_name"]

@@ -197,7 +197,6 @@ class _Search:
     def _costs(self, space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices | RandomPrices) -> Costs:
         graph = space.split.graph
         ops = {op.name: op for op in graph.ops}
-        producer = graph.producer()
         held = dict(space.held)
         for name, pair in placed.ops.items():
             for i, out in enumerate(ops[name].outs):
@@ -222,7 +221,6 @@ class _Search:
                     if graph.values[out].grad or op.target.startswith("autoshard"):
                         local = local_shape(graph.values[out].tensor.shape, held[out], space.sizes, (0, 0))
                         saved[i] += Tensor(local, graph.values[out].tensor.dtype).bytes * _kept(op.target)
-        del producer
         return Costs(seconds, fixed, saved * FRAGMENTATION)
 
     def candidate(self, mesh: Mesh, count: int) -> Plan:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from autoshard.errors import NoPlanError, PlanFileError, StalePlanError
+from autoshard.errors import DeadlockError, NoPlanError, PlanFileError, StalePlanError
+from autoshard.lower import compile
 from autoshard.plan import schedules
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.plan import Plan
@@ -108,3 +109,10 @@ def test_a_batch_statistic_forces_one_microbatch() -> None:
     plan = search(captured.graph, mesh={"dp": 2}, microbatches=4)
     assert plan.microbatches == 1
     assert "one microbatch instead of 4" in plan.notes[-1]
+
+
+def test_an_edited_plan_that_would_hang_is_refused_before_it_runs(captured: Captured) -> None:
+    plan = search(captured.graph, mesh={"pp": 2}, microbatches=2)
+    plan.instructions[0] = [a for a in plan.instructions[0] if a.kind != "SF"]
+    with pytest.raises(DeadlockError):
+        compile(captured, plan)
