@@ -59,7 +59,7 @@ def reduce_scatter(x: torch.Tensor, dim: int, local: Local, spot: Spot) -> torch
         return Op.wait_tensor(Op.reduce_scatter_tensor(x.contiguous(), "sum", spot.parts, spot.axis))
     pieces = [_pad(p, dim, most) for p in divide(x, dim, local)]
     wire = torch.stack(pieces)
-    out = Op.wait_tensor(Op.reduce_scatter_tensor(wire.reshape(-1, *wire.shape[2:]), "sum", spot.parts, spot.axis))
+    out = Op.wait_tensor(Op.reduce_scatter_tensor(wire.flatten(0, 1), "sum", spot.parts, spot.axis))
     return out.narrow(dim, 0, held[spot.coord]) if held[spot.coord] < most else out
 
 

@@ -39,6 +39,11 @@ def test_float32(trial: Trial) -> None:
     check(trial)
 
 
+def test_a_dim_that_a_rank_holds_nothing_of() -> None:
+    """This plan cuts a dim of one element over two ranks, and reduce-scatters another dim of the same tensor."""
+    check(Trial("phi3", "tp2", 1, "random0"))
+
+
 def test_the_sample_covers_everything() -> None:
     assert {trial.family for trial in SAMPLE} == set(zoo.LISTED)
     assert {(t.mesh, t.microbatches) for t in SAMPLE} == set(itertools.product(MESHES, MICROBATCHES))
