@@ -1,7 +1,7 @@
 """autoshard: a plain PyTorch transformer goes in, a partitioned training program for many devices comes out.
 
 >>> sorted(__all__)[:4]
-['AutoshardError', 'BatchError', 'CaptureError', 'Cluster']
+['AutoshardError', 'BatchError', 'CaptureError', 'CheckpointError']
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from .errors import (
     AutoshardError,
     BatchError,
     CaptureError,
+    CheckpointError,
     ClusterFileError,
+    ConfigError,
+    DataError,
     DeadlockError,
     GraphFileError,
     MeshError,
     NoPlanError,
     OptimizerError,
     PlanFileError,
+    RankError,
     StalePlanError,
     StateError,
 )
@@ -28,13 +32,17 @@ if TYPE_CHECKING:
     from .api import parallelize
     from .plan.cluster import Cluster
     from .plan.plan import Plan
+    from .runtime.deferred import deferred
 
 __all__ = [
     "AutoshardError",
     "BatchError",
     "CaptureError",
+    "CheckpointError",
     "Cluster",
     "ClusterFileError",
+    "ConfigError",
+    "DataError",
     "DeadlockError",
     "GraphFileError",
     "MeshError",
@@ -42,12 +50,14 @@ __all__ = [
     "OptimizerError",
     "Plan",
     "PlanFileError",
+    "RankError",
     "StalePlanError",
     "StateError",
+    "deferred",
     "parallelize",
 ]
 
-_LATER = {"parallelize": ".api", "Cluster": ".plan.cluster", "Plan": ".plan.plan"}
+_LATER = {"parallelize": ".api", "Cluster": ".plan.cluster", "Plan": ".plan.plan", "deferred": ".runtime.deferred"}
 """Names that are imported when first asked for: `import autoshard` alone imports no torch."""
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class AutoshardError(Exception):
-    """Base of every error that autoshard raises on purpose. `where` is the user's own source line or file, if known."""
+    """Base of every error that autoshard raises on purpose. `where` is the user's own source line or file, if known.
+
+    `exit_code` is what a command ends with: 3 for a mistake in what the user gave, 4 where no plan fits, 5 for a checkpoint that is
+    refused, 6 for a rank that hangs or died. (0 is success, 1 a bug of ours, with a traceback; 2 a wrong command line.)
+    """
+
+    exit_code = 3
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         self.where, self.hint = where, hint
@@ -39,6 +45,8 @@ class MeshError(AutoshardError, ValueError):
 class NoPlanError(AutoshardError, ValueError):
     """No legal plan exists under the constraints given."""
 
+    exit_code = 4
+
 
 class StalePlanError(AutoshardError, ValueError):
     """A plan was made for another graph."""
@@ -58,3 +66,23 @@ class OptimizerError(AutoshardError, ValueError):
 
 class DeadlockError(AutoshardError, RuntimeError):
     """An instruction list in which some rank would wait for ever."""
+
+
+class ConfigError(AutoshardError, ValueError):
+    """A config file or an override says what can't be: every fault at once, each with file, line and column."""
+
+
+class DataError(AutoshardError, ValueError):
+    """Training data is missing, malformed, or doesn't match the model."""
+
+
+class CheckpointError(AutoshardError, ValueError):
+    """A checkpoint is damaged, hostile, of another model, or can't be written."""
+
+    exit_code = 5
+
+
+class RankError(AutoshardError, RuntimeError):
+    """A rank died, or stopped answering: which one, in what action, at what source line."""
+
+    exit_code = 6

@@ -15,6 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run also what takes minutes")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if "gpu" not in (config.option.markexpr or ""):  # ranks are forked here, which a process that has used CUDA can't do; `-m gpu` runs those that need it
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):

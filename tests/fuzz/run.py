@@ -36,6 +36,8 @@ from .generate import any_blocks
 TOLERANCE = 1e-9
 SMALL = 1e-4
 """A gradient is compared with its own largest element, or this part of the largest of all gradients (some are zero but for rounding)."""
+FLOOR = 1e-4
+"""Nothing is compared with less: values are near 1, and where all of them cancel (a sum of what has its mean subtracted) rounding is left."""
 _draw, _mix = bodies.dropout_mask, mix  # the reference's own, whatever is patched later
 
 
@@ -171,14 +173,14 @@ def _place(error: BaseException) -> str:
 
 
 def compare(found: Outcome, expected: Outcome) -> Failure | None:
-    if wrong := _differs(found.loss, expected.loss, 1e-6):
+    if wrong := _differs(found.loss, expected.loss, FLOOR):
         return Failure("loss", f"{found.loss.item():.12g}, expected {expected.loss.item():.12g} ({wrong})")
     largest = max((float(g.abs().max()) for g in expected.grads.values() if g.numel()), default=0.0)
     for path, grad in expected.grads.items():
-        if wrong := _differs(found.grads[path], grad, SMALL * largest + 1e-8):
+        if wrong := _differs(found.grads[path], grad, SMALL * largest + FLOOR):
             return Failure("gradient", f"of {path}: {wrong}")
     for path, buffer in expected.buffers.items():
-        if wrong := _differs(found.buffers[path], buffer, 1e-6):
+        if wrong := _differs(found.buffers[path], buffer, FLOOR):
             return Failure("buffer", f"{path}: {wrong}")
     return None
 
