@@ -11,6 +11,8 @@ class AutoshardError(Exception):
     """
 
     exit_code = 3
+    elsewhere = False
+    """Whether it happened on another rank, which tells the user: this rank has no need to."""
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         self.where, self.hint = where, hint
@@ -86,3 +88,5 @@ class RankError(AutoshardError, RuntimeError):
     """A rank died, or stopped answering: which one, in what action, at what source line."""
 
     exit_code = 6
+    quiet = False
+    """Whether another rank says it, so that this one needn't."""

@@ -1,42 +1,89 @@
 """Ranks that talk: process groups of a mesh's axes, point-to-point channels, and what all ranks must agree on.
 
 On CUDA through NCCL, on CPU through gloo. `torch.distributed` is used as it stands if it is initialised, initialised from
-torchrun's environment if there is one, and left alone by a program of one rank without either.
+torchrun's environment if there is one (`join`), and left alone by a program of one rank without either. Where several ranks run, a
+watchdog names the one that the others wait for (`watchdog.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
 from ..lower.program import Program
 from ..trace.graph import Tensor as Spec
 from .inputs import torch_dtype
 from .requests import Meet, Receive, Request, Send
+from .watchdog import STOP_AFTER, Playing, Watchdog, blame, keep_quiet
 
 T = TypeVar("T")
 MAX_TEXT = 1 << 30
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
-class Comm:
-    """This process among all ranks. Groups are made once, by all ranks in one order (`prepare`)."""
+def join(backend: str) -> None:
+    """Become a rank of torchrun's job. Every restart meets in a generation of its own of the launcher's store: keys that the dead
+    one left would otherwise send ranks to addresses where nobody listens (most restarts hang without it)."""
+    store, rank, size = next(iter(rendezvous("env://")))
+    dist.init_process_group(backend, store=PrefixStore(generation(), store), rank=rank, world_size=size)
 
-    def __init__(self, device: torch.device) -> None:
+
+def generation() -> str:
+    return f"generation {os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+_watchdogs: dict[Any, Watchdog | None] = {}
+"""Default group → the one watchdog of this process, which has one main thread to look at."""
+
+
+def watchdog(stop_after: float) -> Watchdog | None:
+    """This process's watchdog, which `stop_after` seconds are told to (0: none). None also where the store allows no second client."""
+    world = dist.group.WORLD
+    if not stop_after or dist.get_world_size() == 1:
+        return None
+    if world not in _watchdogs:
+        for old in _watchdogs.values():
+            if old is not None:
+                old.close()
+        _watchdogs.clear()
+        store: Any = _get_default_store()
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        made = None
+        if hasattr(store, "clone"):
+            mine = store.clone()
+            mine.set_timeout(timedelta(seconds=30))
+            named = PrefixStore(f"autoshard {generation()}", mine)
+            made = Watchdog(named, dist.get_rank(), dist.get_world_size(), stop_after=stop_after)
+            keep_quiet(made)
+        _watchdogs[world] = made
+    return _watchdogs[world]
+
+
+class Comm:
+    """This process among all ranks. Groups are made once, by all ranks in one order (`prepare`). `stop_after`: seconds of waiting for
+    one rank after which all end; 0: no watchdog."""
+
+    def __init__(self, device: torch.device, stop_after: float = STOP_AFTER) -> None:
         self.device = device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         if not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(self.backend)
+            join(self.backend)
         self.alone = not dist.is_initialized()
+        self.watchdog = None if self.alone else watchdog(stop_after)
         self.rank, self.size = (0, 1) if self.alone else (dist.get_rank(), dist.get_world_size())
         self.groups: dict[tuple[Any, ...], Any] = {}
         self.axes: dict[str, tuple[int, ...]] = {}
@@ -79,6 +126,20 @@ class Comm:
         found = self.groups[key]
         assert isinstance(found, dist.ProcessGroup), f"rank {self.rank} is not in group {key}"
         return found
+
+    @contextlib.contextmanager
+    def playing(self, step: Playing) -> Iterator[None]:
+        """Around a step: what fails in it, or hangs, is told with its action."""
+        watch = self.watchdog
+        if watch is None:
+            yield
+            return
+        watch.number, watch.playing = watch.number + 1, step
+        try:
+            with blame(watch):
+                yield
+        finally:
+            watch.playing = None
 
     # ---- what the executor asks for ---------------------------------------------------------------------------------
 
@@ -127,7 +188,8 @@ class Comm:
         if self.alone:
             return tensor
         result = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, _REDUCE[op], group=self.group(ranks or self.everyone))
+        with blame(self.watchdog):
+            dist.all_reduce(result, _REDUCE[op], group=self.group(ranks or self.everyone))
         return result
 
     def broadcast(self, tensor: Tensor, source: int, ranks: tuple[int, ...] | None = None) -> Tensor:
@@ -135,7 +197,8 @@ class Comm:
         if self.alone:
             return tensor
         tensor = tensor.contiguous()
-        dist.broadcast(tensor, source, group=self.group(ranks or self.everyone))
+        with blame(self.watchdog):
+            dist.broadcast(tensor, source, group=self.group(ranks or self.everyone))
         return tensor
 
     # ---- what all ranks must agree on -------------------------------------------------------------------------------
@@ -177,5 +240,7 @@ def _rebuilt(rank: int, name: str, message: str) -> Exception:
     """The error of another rank: of the same class where it is one of ours."""
     cls = getattr(errors, name, None)
     if isinstance(cls, type) and issubclass(cls, errors.AutoshardError):
-        return cls(message)
+        made = cls(message)
+        made.elsewhere = True
+        return made
     return RuntimeError(f"rank {rank} failed with {name}: {message}")

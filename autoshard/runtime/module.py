@@ -133,13 +133,14 @@ class Sharded(Trainable):
     def _play(self, steps: list[Step]) -> list[Tensor]:
         (step,) = steps
         generator, answer = step.run(), None
-        while True:
-            try:
-                request = generator.send(answer)
-            except StopIteration as stop:
-                self.comm.land()
-                return [stop.value]
-            answer = self.comm.answer(request)
+        with self.comm.playing(step):
+            while True:
+                try:
+                    request = generator.send(answer)
+                except StopIteration as stop:
+                    self.comm.land()
+                    return [stop.value]
+                answer = self.comm.answer(request)
 
     def _reduce(self, tensor: Tensor, op: str) -> Tensor:
         return self.comm.all_reduce(tensor, op)

@@ -1,0 +1,41 @@
+"""Ranks that stop, die, hang or fail: each is named within seconds, told once, and all ranks end. `python -m tests.faults` runs many."""
+
+from __future__ import annotations
+
+import pytest
+
+from autoshard.errors import RankError
+from autoshard.runtime.watchdog import Report, judge, stands
+from tests.faults.trial import KINDS, run
+
+
+def report(rank: int, waiting: float = 0.0, step: int = 3, action: str = "0F1", pid: int = 1) -> Report:
+    return Report(rank, 5, step, action, f"train.py:{rank} in step", waiting, pid, "elsewhere")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_is_named_and_every_rank_ends(kind: str) -> None:
+    found = run(KINDS.index(kind) + 3, kind, stop_after=4.5)
+    assert found.named and found.after <= 5.0, found
+    assert -99 not in found.codes, found
+    others = [code for i, code in enumerate(found.codes) if i != found.victim]
+    assert set(others) == {RankError.exit_code}, found
+    assert found.said.count("Traceback") == (kind == "raises"), found.said  # no noise of broken connections
+
+
+def test_who_is_named() -> None:
+    waits = [report(0, 4.0), report(2, 4.0)]
+    busy = judge([*waits, report(1)], frozenset()).text
+    assert busy.startswith("rank 1 keeps ranks 0, 2 waiting: it is in action 0F1 of step 3, at train.py:1")
+    assert "rank 1 no longer reports, and keeps ranks 0, 2 waiting" in judge([*waits, report(1, 9.0)], frozenset({1})).text
+    behind = judge([*waits, report(1, 4.0, step=2)], frozenset()).text
+    assert behind.startswith("every rank waits for another: rank 1 is in action 0F1 of step 2")
+    many = judge([report(0, 4.0), *(report(r) for r in range(1, 40))], frozenset()).text
+    assert "and 31 more" in many and "rank 9 is" not in many
+
+
+def test_where_a_thread_stands() -> None:
+    import sys
+
+    place, waiting = stands(sys._getframe())
+    assert place.endswith("in test_where_a_thread_stands") and not waiting
