@@ -6,9 +6,11 @@ In: a Program and the whole model's weights. `Trainable` keeps the `State` of th
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from .requests import Request
 if TYPE_CHECKING:
     from ..plan.plan import Plan
     from ..trace.captured import Captured
+    from .checkpoint import Restored
 
 Weights = Mapping[str, Tensor]
 
@@ -222,6 +225,18 @@ class Trainable(ABC):
             _put(whole, part, slot)
         assert whole is not None
         return whole
+
+    def save(self, folder: str | os.PathLike[str], **options: Any) -> Path:
+        """Write a checkpoint into a folder of them (see `checkpoint.save`: step=, scheduler=, data=, extra=, keep=; a collective call)."""
+        from . import checkpoint
+
+        return checkpoint.save(folder, self, **options)
+
+    def load(self, folder: str | os.PathLike[str], **options: Any) -> Restored:
+        """Go on from the newest whole checkpoint (see `checkpoint.load`: scheduler=, step=; a collective call)."""
+        from . import checkpoint
+
+        return checkpoint.load(folder, self, **options)
 
     # ---- parameters -------------------------------------------------------------------------------------------------
 
