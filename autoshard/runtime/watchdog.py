@@ -272,10 +272,10 @@ class Watchdog:
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 
-    def fail(self, text: str) -> str:
-        """Keep this rank's failure, unless another came first. The first one."""
+    def fail(self, text: str, rank: int | None = None) -> str:
+        """Keep a rank's failure (this one's), unless another came first. The first one, its rank before it."""
         with self.lock:
-            return self.store.compare_set("watch/first", "", f"{self.rank} {text[:4000]}").decode()
+            return self.store.compare_set("watch/first", "", f"{self.rank if rank is None else rank} {text[:4000]}").decode()
 
     def first(self, patience: float = 2 * SILENT) -> tuple[int, str]:
         """(rank, what it said) of the failure that came first, if one is told of or a rank falls silent in `patience` s; else (-1, "")."""
@@ -289,8 +289,10 @@ class Watchdog:
                 reports = self.everyone()
                 silent = self.silent(reports)
                 for r in reports:
-                    if r.rank in silent:
-                        return r.rank, f"rank {r.rank} ({_process(r)}) no longer reports; it was {r.said()}"
+                    if r.rank in silent:  # told to all: this rank ends too, and must not be taken for the first
+                        text = f"rank {r.rank} ({_process(r)}) no longer reports; it was {r.said()}"
+                        first = self.fail(text, r.rank)
+                        return int(first.partition(" ")[0]), first.partition(" ")[2]
                 time.sleep(TICK / 2)
         return -1, ""
 

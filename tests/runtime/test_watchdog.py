@@ -6,6 +6,7 @@ import pytest
 
 from autoshard.errors import RankError
 from autoshard.runtime.watchdog import Report, judge, stands
+from tests.faults.restart import recovers
 from tests.faults.trial import KINDS, run
 
 
@@ -39,3 +40,7 @@ def test_where_a_thread_stands() -> None:
 
     place, waiting = stands(sys._getframe())
     assert place.endswith("in test_where_a_thread_stands") and not waiting
+
+
+def test_a_killed_rank_comes_back_at_the_first_restart() -> None:
+    assert recovers()
