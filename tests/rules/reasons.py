@@ -38,7 +38,7 @@ What torch {torch} has for the same calls beyond the table and the list above (a
 def reason(s: Sample, t: Strategy) -> str:
     """Raises KeyError for what nobody has thought about."""
     name = s.op.target.split(".")[1]
-    if name == "cumsum" or name == "cumprod":
+    if name in ("cumsum", "cumprod", "logcumsumexp"):
         return "Not so: DTensor's own rule doesn't count a negative dim from the end; along its dim the op runs over all elements."
     if name == "gather" and t.ins == (S(0), S(0)):
         return "Not so where the index has fewer rows than the table: each sharded by its own rows, they don't match."
@@ -64,6 +64,12 @@ def reason(s: Sample, t: Strategy) -> str:
         return "One example without a batch dim: batches are what training has."
     if name.startswith("conv") and t.ins[-1] == P:
         return "Input channels cut and a bias pending: parameters never are, and a whole bias would be added on every rank."
+    if name in ("im2col", "col2im") and s.name.endswith("one example"):
+        return "One example without a batch dim: batches are what training has."
+    if name in ("scatter_add", "index_add") and t.ins[0] == P:
+        return "What is added to would have to be pending while its addends are cut: a factor says whole or cut of what lacks it, not pending."
+    if "pool" in name:
+        return "Holds only where no window spans two ranks' parts, which its size, stride and padding decide."
     if name == "index" and s.name.endswith("scattered"):
         return "Index tensors that aren't next to each other put their dims first: an order that the rule doesn't follow."
     raise KeyError(f"{s.name}: {t} holds and isn't claimed: claim it, or say here why not")

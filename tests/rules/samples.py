@@ -42,7 +42,7 @@ def bools(*shape: int) -> Tensor:
 @functools.cache
 def samples() -> tuple[Sample, ...]:
     """All of them, the same in every run."""
-    found = [*written(), *moving(), *contracting(), *looking_up()]
+    found = [*written(), *moving(), *contracting(), *looking_up(), *over_windows(), *losses()]
     done = {s.op.target for s in found}
     found += [generated(target) for target, rule in TABLE.items() if rule in POINTWISE and target not in done]
     return tuple(found)
@@ -121,6 +121,8 @@ def written() -> Iterator[Sample]:
     yield sample("aten.masked_fill.Scalar", f(5, 4), bools(5, 4), 0.0, note="zero")
     yield sample("aten.masked_fill.Scalar", f(5, 4), bools(4), -2.0, note="other")
     yield sample("aten.masked_fill.Tensor", f(5, 4), bools(4), f())
+    yield sample("aten.clamp_min.Tensor", f(5, 4), f(4))
+    yield sample("aten.clamp_max.Tensor", f(5, 4), f(5, 1))
     yield sample("aten.clamp.Tensor", f(5, 4), f(4) - 2, f(5, 1) + 2)
     yield sample("aten.complex.default", f(5, 4), f(5, 4))
     yield sample("aten.polar.default", positive(5, 4), f(5, 4))
@@ -150,7 +152,8 @@ def written() -> Iterator[Sample]:
     for op in ("aten.var.correction", "aten.std.correction"):
         yield sample(op, f(5, 4, 7), (1,), correction=1)
         yield sample(op, f(5, 4, 7), (0, 2), correction=0, keepdim=True, note="keepdim")
-    for op in ("aten.softmax.int", "aten.log_softmax.int", "aten.cumsum.default", "aten.cumprod.default"):
+    along = "softmax.int log_softmax.int cumsum.default cumprod.default logcumsumexp.default"
+    for op in (f"aten.{name}" for name in along.split()):
         yield sample(op, f(5, 4, 7), -1)
         yield sample(op, f(5, 4, 7), 1, note="middle")
     for op in ("aten._softmax.default", "aten._log_softmax.default"):
@@ -232,9 +235,56 @@ def contracting() -> Iterator[Sample]:
     yield sample("aten.convolution.default", f(5, 4, 9), f(6, 4, 3), bias, (1,), (1,), (1,), False, (0,), 1)
     yield sample("aten.convolution.default", f(5, 6, 9), f(6, 1, 3), None, (1,), (1,), (1,), False, (0,), 6, note="depthwise")
     yield sample("aten.convolution.default", f(5, 4, 9), f(4, 6, 3), None, (1,), (1,), (1,), True, (0,), 1, note="transposed")
+    yield sample("aten.einsum.default", "...i,ij->...j", (f(3, 5, 4), f(4, 7)), note="ellipsis")
+
+
+def over_windows() -> Iterator[Sample]:
+    """Pooling, interpolation, unfolding: images of 3 examples and 5 channels."""
+    image, line, solid = f(3, 5, 6, 4), f(3, 5, 6), f(3, 2, 4, 4, 2)
+    yield sample("aten.im2col.default", image, (2, 2), (1, 1), (0, 0), (2, 1))
+    yield sample("aten.im2col.default", f(5, 6, 4), (2, 2), (1, 1), (0, 0), (2, 1), note="one example")
+    yield sample("aten.col2im.default", f(3, 20, 6), (6, 4), (2, 2), (1, 1), (0, 0), (2, 2))
+    yield sample("aten.col2im.default", f(20, 6), (6, 4), (2, 2), (1, 1), (0, 0), (2, 2), note="one example")
+    yield sample("aten.unfold.default", image, 2, 3, 1)
+    yield sample("aten.avg_pool1d.default", line, (2,))
+    yield sample("aten.avg_pool2d.default", image, (2, 2), (1, 1), (1, 1))
+    yield sample("aten.avg_pool3d.default", solid, (2, 2, 2))
+    for x, size in ((line, (3,)), (image, (3, 2)), (solid, (2, 2, 1))):
+        yield sample(f"aten.adaptive_avg_pool{len(size)}d.default", x, size)
+    yield sample("aten._adaptive_avg_pool2d.default", image, (3, 2))
+    yield sample("aten._adaptive_avg_pool3d.default", solid, (2, 2, 1))
+    yield sample("aten.max_pool2d_with_indices.default", image, (2, 2))
+    yield sample("aten.max_pool3d_with_indices.default", solid, (2, 2, 2))
+    yield sample("aten.adaptive_max_pool2d.default", image, (3, 2))
+    yield sample("aten.adaptive_max_pool3d.default", solid, (2, 2, 1))
+    for name in ("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"):
+        yield sample(f"aten.{name}.vec", image, (9, 3), False, None)
+    yield sample("aten.upsample_nearest2d.vec", image, (9, 3), None)
+    yield sample("aten.upsample_nearest1d.vec", line, (9,), None)
+    yield sample("aten.upsample_nearest3d.vec", solid, (3, 5, 2), None)
+    yield sample("aten.upsample_linear1d.vec", line, (9,), False, None)
+    yield sample("aten.upsample_trilinear3d.vec", solid, (3, 5, 2), False, None)
+
+
+def losses() -> Iterator[Sample]:
+    """Of each element: reduction 0."""
+    for name in ("mse_loss", "smooth_l1_loss", "huber_loss"):
+        yield sample(f"aten.{name}.default", f(5, 4, 7), f(5, 4, 7), 0)
+    yield sample("aten.soft_margin_loss.default", f(5, 4), f(5, 4), 0, frozen=(1,))
+    yield sample("aten.binary_cross_entropy.default", positive(5, 4), positive(5, 4), None, 0, frozen=(1,))
+    yield sample("aten.binary_cross_entropy_with_logits.default", f(5, 4), positive(5, 4), None, positive(4), 0, frozen=(1, 2))
 
 
 def looking_up() -> Iterator[Sample]:
+    for dim in (0, 1):
+        yield sample("aten.scatter.value", f(5, 6, 7), dim, ints(5, 5, 6, 7), 0.5, note=f"{dim}")
+        yield sample("aten.scatter_add.default", f(5, 6, 7), dim, ints(5, 5, 6, 7), f(5, 6, 7), note=f"{dim}")
+    yield sample("aten.scatter.src", f(5, 6, 7), 1, torch.argsort(f(5, 6, 7), 1)[:, :4], f(5, 4, 7), note="fewer")
+    yield sample("aten.index_add.default", f(5, 6, 7), 1, ints(6, 4), f(5, 4, 7))
+    yield sample("aten.slice_scatter.default", f(5, 6, 7), f(5, 3, 7), 1, 2, 5, 1)
+    yield sample("aten.slice_scatter.default", ints(9, 5, 6), ints(9, 5, 5), 1, 1, 6, 1, note="of integers")
+    for dims, keep in (((1,), True), ((0, 2), False)):
+        yield sample("aten.linalg_vector_norm.default", f(5, 4, 7), 2, dims, keep, note=f"{dims} {keep}")
     yield sample("aten.embedding.default", f(12, 5), ints(12, 3, 7))
     yield sample("autoshard.pick.default", f(5, 3, 12), ints(16, 5, 3, low=-4))
     yield sample("aten.gather.default", f(5, 4, 7), 1, ints(4, 5, 6, 7))

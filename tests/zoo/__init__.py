@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
-from . import hf, plain
+from . import hf, plain, towers
 from .case import Case
 
-LISTED: tuple[str, ...] = (*hf.FAMILIES, *plain.CASES)
-FURTHER: tuple[str, ...] = (*hf.FURTHER, *hf.PADDED)
+LISTED: tuple[str, ...] = (*hf.FAMILIES, *plain.CASES, *towers.FAMILIES)
+FURTHER: tuple[str, ...] = (*hf.FURTHER, *hf.PADDED, *towers.FURTHER)
 
 
 def case(name: str) -> Case:
-    return plain.CASES[name] if name in plain.CASES else hf.case(name)
+    if name in plain.CASES:
+        return plain.CASES[name]
+    return towers.case(name) if name in towers.FAMILIES | towers.FURTHER else hf.case(name)
 
 
 __all__ = ["FURTHER", "LISTED", "Case", "case"]

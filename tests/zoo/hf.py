@@ -108,10 +108,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "seed_oss": HEAD,
     "vaultgemma": HEAD | {"sliding_window": 8},
     "biogpt": BASE | {"layerdrop": 0.0},
-    "bart": {"vocab_size": VOCAB, "d_model": 32, "max_position_embeddings": 64} | SIDES,
-    "t5": {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
     "mamba": {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-    "roberta": BASE,
     "distilbert": {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
     "electra": BASE | {"embedding_size": 16},
     "albert": BASE | {"embedding_size": 16},
@@ -127,10 +124,9 @@ FURTHER: dict[str, dict[str, Any]] = {
 }
 
 MASKED = {
-    "bert", "roberta", "distilbert", "electra", "albert", "camembert", "xlm-roberta", "deberta", "deberta-v2", "mpnet", "nomic_bert",
+    "bert", "distilbert", "electra", "albert", "camembert", "xlm-roberta", "deberta", "deberta-v2", "mpnet", "nomic_bert",
     "modernbert", "convbert", "megatron-bert",
 }  # fmt: skip
-SEQ2SEQ = {"t5", "bart"}
 SPARSE = {name for name, config in (FAMILIES | FURTHER).items() if any("expert" in key for key in config)}
 OFF = ("dropout", "pdrop", "layerdrop")
 
@@ -139,13 +135,19 @@ def configure(name: str) -> Any:
     """The family's config: sizes of the table, every dropout 0, special tokens inside the vocabulary."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(name, **(FAMILIES | FURTHER)[name])
+    return quiet(transformers.AutoConfig.for_model(name, **(FAMILIES | FURTHER)[name]))
+
+
+def quiet(config: Any) -> Any:
+    """No cache, no dropout, special tokens inside the vocabulary, experts as batched matmuls; the configs of its parts too."""
     config.use_cache = False
     for key, value in list(vars(config).items()):
         if isinstance(value, float) and key.endswith((*OFF, "dropout_prob", "dropout_rate")):
             setattr(config, key, 0.0)
         if isinstance(value, int) and key.endswith("_token_id") and value >= VOCAB:
             setattr(config, key, 0)
+        if hasattr(value, "to_diff_dict"):
+            quiet(value)
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "batched_mm"
     return config
@@ -156,7 +158,6 @@ def build(name: str, padded: bool = False) -> Built:
     import transformers
 
     auto = transformers.AutoModelForMaskedLM if name in MASKED else transformers.AutoModelForCausalLM
-    auto = transformers.AutoModelForSeq2SeqLM if name in SEQ2SEQ else auto
     torch.manual_seed(0)
     model = auto.from_config(configure(name), dtype=torch.float32).train()
     vary(model)

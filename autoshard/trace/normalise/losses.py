@@ -2,10 +2,12 @@
 
     m = amax(detach(x));  z = x - m;  lse = log(sum(exp(z)));  loss = where(labels != ignore, lse - pick(z, labels), 0)
 
-The mean's divisor is a chain of its own that depends on labels only.
+The mean's divisor is a chain of its own that depends on labels only. Losses of single elements keep their op, without its reduction.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from ...errors import CaptureError
 from ..build import Builder, Rule, rewrite
@@ -19,7 +21,7 @@ NONE, MEAN, TOTAL = 0, 1, 2  # aten's codes for `reduction`
 
 
 def losses(captured: Captured) -> Captured:
-    """Spell cross entropy and negative log likelihood in primitives."""
+    """Spell cross entropy and negative log likelihood in primitives, and every reduction of a loss as one."""
     return rewrite(captured, RULES)
 
 
@@ -112,8 +114,31 @@ def _with_probabilities(b: Builder, z: Ref, lse: Ref, target: Ref, weight: Ref |
     return total if reduction == TOTAL else b.op(DIV, total, rows)
 
 
+def _elementwise(target: str, at: int) -> Rule:
+    """A loss of each element and its target: the op without a reduction (its argument `at`), then the reduction."""
+
+    def rule(b: Builder, *args: Any, **kwargs: Any) -> Ref:
+        names = ("reduction", "beta", "delta")
+        args = (*args, *(None,) * (at - len(args)))  # what a call leaves out before it is a weight
+        reduction, rest = (args[at] if len(args) > at else kwargs.pop("reduction", MEAN)), args[at + 1 :]
+        rest += tuple(kwargs.pop(name) for name in names if name in kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if v is not None}
+        loss = b.op(target, *args[:at], NONE, *rest, **kwargs)
+        dims = tuple(range(b.ndim(loss)))
+        if reduction == NONE or not dims:
+            return loss
+        return b.op(SUM if reduction == TOTAL else "aten.mean.dim", loss, dims, False)
+
+    return rule
+
+
+ELEMENTWISE = {"mse_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2, "soft_margin_loss": 2, "binary_cross_entropy": 3,
+               "binary_cross_entropy_with_logits": 4}  # fmt: skip
+"""Where each takes its reduction."""
+
 RULES: dict[str, Rule] = {
     "aten.cross_entropy_loss.default": cross_entropy,
     **dict.fromkeys(["aten.nll_loss_nd.default", "aten.nll_loss.default"], nll),
     **dict.fromkeys(["aten.nll_loss_forward.default", "aten.nll_loss2d_forward.default"], nll_forward),
+    **{f"aten.{name}.default": _elementwise(f"aten.{name}.default", at) for name, at in ELEMENTWISE.items()},
 }

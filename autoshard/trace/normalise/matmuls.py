@@ -75,6 +75,11 @@ def _product(b: Builder, target: str, x: Ref, y: Ref) -> Ref:
 
 
 def einsum(b: Builder, equation: str, operands: Sequence[Ref], path: None = None) -> Ref:
+    """With its output spelled out: an ellipsis first, then in alphabetical order what stands once."""
+    equation = equation.replace(" ", "")
+    if "->" not in equation:
+        letters = [c for c in equation if c.isalpha()]
+        equation += "->" + "..." * ("..." in equation) + "".join(sorted(c for c in letters if letters.count(c) == 1))
     return b.op("aten.einsum.default", equation, tuple(operands))
 
 

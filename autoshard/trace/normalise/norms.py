@@ -132,6 +132,14 @@ def embedding(b: Builder, w: Ref, ids: Ref, padding: int = -1, scale_by_freq: bo
     return b.op("aten.where.self", is_pad, b.op("aten.detach.default", e), e)
 
 
+def weight_norm(b: Builder, v: Ref, g: Ref, dim: int = 0) -> tuple[Ref, Ref]:
+    """v · g / ‖v‖, the norm over every dim but `dim` (of all where that is -1), and the norm."""
+    dims = tuple(d for d in range(b.ndim(v)) if dim < 0 or d != dim)
+    square = b.op("aten.sum.dim_IntList", b.op(MUL, v, v), dims, True)
+    norm = b.op("aten.sqrt.default", square)
+    return b.op(MUL, v, b.op("aten.div.Tensor", b.reshape(g, b.shape(norm)), norm)), norm
+
+
 RULES: dict[str, Rule] = {
     "aten.layer_norm.default": layer_norm,
     "aten.native_layer_norm.default": native_layer_norm,
@@ -143,4 +151,5 @@ RULES: dict[str, Rule] = {
     "aten.group_norm.default": group_norm,
     "aten.native_group_norm.default": native_group_norm,
     "aten.embedding.default": embedding,
+    "aten._weight_norm_interface.default": weight_norm,
 }

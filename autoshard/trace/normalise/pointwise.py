@@ -115,6 +115,24 @@ def masked_fill(b: Builder, x: Ref, mask: Ref, value: Any) -> Any:
     return NotImplemented
 
 
+def log_sigmoid(b: Builder, x: Ref) -> tuple[Ref, None]:
+    """The output; the buffer for its backward is nobody's."""
+    return b.op("aten.log_sigmoid.default", x), None
+
+
+def glu(b: Builder, x: Ref, dim: int = -1) -> Ref:
+    """The first half along dim times the sigmoid of the second."""
+    dim %= b.ndim(x)
+    half = b.shape(x)[dim] // 2
+    left, right = b.op("aten.split_with_sizes.default", x, (half, half), dim)
+    return b.op("aten.mul.Tensor", left, b.op("aten.sigmoid.default", right))
+
+
+def index(b: Builder, x: Ref, indices: Sequence[Ref | None]) -> Ref:
+    """An index that promises to be in range."""
+    return b.op("aten.index.Tensor", x, tuple(indices))
+
+
 RULES: dict[str, Rule] = {
     "aten.add.Tensor": _scaled("aten.add.Tensor"),
     "aten.add.Scalar": _scaled("aten.add.Tensor"),
@@ -126,6 +144,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["aten.div.Tensor", "aten.div.Scalar"], _times("aten.div.Tensor")),
     **{f"aten.__{n}__.{o}": _renamed(f"aten.bitwise_{n}.{o}") for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")},
     "aten.masked_fill.Tensor": masked_fill,
+    "aten.glu.default": glu,
+    "aten._unsafe_index.Tensor": index,
+    "aten.log_sigmoid_forward.default": log_sigmoid,
     **dict.fromkeys(["aten.zeros.default", "aten.empty.memory_format"], _filled(0)),
     "aten.ones.default": _filled(1),
     **dict.fromkeys(

@@ -11,6 +11,7 @@ from ..captured import Captured
 from ..graph import Ref
 
 Dims = int | Sequence[int] | None
+Number = int | float
 
 
 def reductions(captured: Captured) -> Captured:
@@ -105,6 +106,11 @@ def moments(b: Builder, x: Ref, dims: Dims, correction: float, keepdim: bool) ->
     return b.op("aten.div.Tensor", total, max(divisor, 0)), b.reshape(mean_kept, b.shape(total))
 
 
+def norm(b: Builder, x: Ref, p: Number | None = 2, dims: Dims = None, keepdim: bool = False, dtype: str | None = None) -> Ref:
+    """A vector norm: its op is kept (its gradient at 0 is no root's), with explicit dims and its cast apart."""
+    return b.op("aten.linalg_vector_norm.default", _to(b, x, dtype), 2 if p is None else p, all_dims(b, x, dims), keepdim)
+
+
 RULES: dict[str, Rule] = {
     "aten.sum.default": sum_all,
     "aten.sum.dim_IntList": sum_,
@@ -121,6 +127,8 @@ RULES: dict[str, Rule] = {
     "aten.cumsum.default": _along("cumsum.default"),
     "aten.cumprod.default": _along("cumprod.default"),
     "aten.logsumexp.default": logsumexp,
+    **dict.fromkeys(["aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim", "aten.norm.ScalarOpt_dim_dtype"], norm),
+    "aten.norm.Scalar": norm,
     "aten.var.correction": var_correction,
     "aten.std.correction": std_correction,
     "aten.var_mean.correction": var_mean,

@@ -214,6 +214,27 @@ def copy(b: Builder, x: Ref, src: Ref, non_blocking: bool = False) -> Ref:
     return b.expand(b.to(src, b.dtype(x)), b.shape(x))
 
 
+def pixel_shuffle(b: Builder, x: Ref, n: int) -> Ref:
+    """[…, c·n·n, h, w] → […, c, h·n, w·n]"""
+    *lead, c, h, w = b.shape(x)
+    k = len(lead)
+    apart = b.reshape(x, (*lead, c // (n * n), n, n, h, w))
+    return b.reshape(b.permute(apart, (*range(k + 1), k + 3, k + 1, k + 4, k + 2)), (*lead, c // (n * n), h * n, w * n))
+
+
+def pixel_unshuffle(b: Builder, x: Ref, n: int) -> Ref:
+    *lead, c, h, w = b.shape(x)
+    k = len(lead)
+    apart = b.reshape(x, (*lead, c, h // n, n, w // n, n))
+    return b.reshape(b.permute(apart, (*range(k + 1), k + 2, k + 4, k + 1, k + 3)), (*lead, c * n * n, h // n, w // n))
+
+
+def channel_shuffle(b: Builder, x: Ref, groups: int) -> Ref:
+    n, c, *rest = b.shape(x)
+    apart = b.permute(b.reshape(x, (n, groups, c // groups, *rest)), (0, 2, 1, *range(3, len(rest) + 3)))
+    return b.reshape(apart, (n, c, *rest))
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ["aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.view_copy.default", "aten._reshape_copy.default"],
@@ -259,4 +280,7 @@ RULES: dict[str, Rule] = {
     "aten.slice_scatter.default": slice_scatter,
     "aten.select_scatter.default": select_scatter,
     "aten.copy.default": copy,
+    "aten.pixel_shuffle.default": pixel_shuffle,
+    "aten.pixel_unshuffle.default": pixel_unshuffle,
+    "aten.channel_shuffle.default": channel_shuffle,
 }  # fmt: skip

@@ -149,9 +149,9 @@ def matmul(op: Op, values: Mapping[str, Value]) -> Rule:
 
 def einsum(op: Op, values: Mapping[str, Value]) -> Rule:
     ins, outs = _shapes(op, values)
-    left, _, right = op.args[0].replace(" ", "").partition("->")
-    if "." in op.args[0] or "->" not in op.args[0]:
-        return Rule(why="einsum with an ellipsis or without an output")
+    if "->" not in op.args[0]:
+        return Rule(why="einsum without an output")
+    left, _, right = op.args[0].replace(" ", "").replace("...", "…").partition("->")
     text = ", ".join(" ".join(side) for side in left.split(",")) + " -> " + " ".join(right)
     if any(len(set(side)) != len(side) for side in left.split(",")):
         return Rule(why="einsum that takes a diagonal")
@@ -275,6 +275,78 @@ def convolution(op: Op, values: Mapping[str, Value]) -> Rule:
     return Rule(tuple(f for f in factors if f.size > 1), (frozenset({0}) | with_bias, frozenset({1}) | with_bias))
 
 
+def windows(spatial: int, linear: bool = True) -> RuleFunction:
+    """Pooling, interpolation, unfolding over the last `spatial` dims: free along all others, which every operand and output has."""
+
+    def rule(op: Op, values: Mapping[str, Value]) -> Rule:
+        ins, outs = _shapes(op, values)
+        lead = len(ins[0]) - spatial
+        factors = [Factor(str(d), n, (Place(d),), (Place(d),) * len(outs)) for d, n in enumerate(ins[0][:lead]) if n > 1]
+        return Rule(tuple(factors), (frozenset({0}),) if linear else ())
+
+    return rule
+
+
+def unfold(op: Op, values: Mapping[str, Value]) -> Rule:
+    """x.unfold(dim, size, step): windows of one dim as a new last dim."""
+    (shape, *_), _ = _shapes(op, values)
+    dim = op.args[1] % max(1, len(shape))
+    return Rule(tuple(Factor(str(d), n, (Place(d),), (Place(d),)) for d, n in enumerate(shape) if d != dim and n > 1), (frozenset({0}),))
+
+
+def columns(op: Op, values: Mapping[str, Value]) -> Rule:
+    """im2col: b c h w -> b (c kernel) places, and col2im back: batch and channels."""
+    (shape, *_), (out, *_) = _shapes(op, values)
+    if len(shape) != (4 if op.target == "aten.im2col.default" else 3):
+        return Rule(why="columns of one example without a batch dim")
+    c = min(shape[1], out[1])
+    factors = (
+        Factor("b", shape[0], (Place(0),), (Place(0),)),
+        Factor("c", c, (Place(1, inner=shape[1] // c),), (Place(1, inner=out[1] // c),)),
+    )
+    return Rule(tuple(f for f in factors if f.size > 1), (frozenset({0}),))
+
+
+def write_slice(op: Op, values: Mapping[str, Value]) -> Rule:
+    """slice_scatter: x with a slice along args[2] replaced."""
+    (shape, *_), _ = _shapes(op, values)
+    factors = tuple(Factor(str(d), n, (Place(d), Place(d)), (Place(d),)) for d, n in enumerate(shape) if d != op.args[2] and n > 1)
+    return Rule(factors, (frozenset({0, 1}),))
+
+
+def scatter(*linear: int) -> RuleFunction:
+    """x, index (and source), written along args[1]: free along every other dim in which all of them agree."""
+
+    def rule(op: Op, values: Mapping[str, Value]) -> Rule:
+        ins, (out,) = _shapes(op, values)
+        dim = op.args[1] % max(1, len(out))
+        factors = tuple(
+            Factor(str(d), n, tuple(Place(d) for _ in ins), (Place(d),))
+            for d, n in enumerate(out)
+            if d != dim and n > 1 and all(len(s) == len(out) and s[d] == n for s in ins)
+        )
+        return Rule(factors, (frozenset(linear),) if linear else ())
+
+    return rule
+
+
+def index_add(op: Op, values: Mapping[str, Value]) -> Rule:
+    """x, index, source: rows of source are added to the rows of x (along args[1]) that index names."""
+    (shape, *_), _ = _shapes(op, values)
+    dim = op.args[1] % len(shape)
+    factors = tuple(Factor(str(d), m, (Place(d), None, Place(d)), (Place(d),)) for d, m in enumerate(shape) if d != dim and m > 1)
+    return Rule(factors, (frozenset({0, 2}),))
+
+
+def vector_norm(op: Op, values: Mapping[str, Value]) -> Rule:
+    """A norm over args[2], whole along it (a sum of roots is no root of a sum)."""
+    (shape, *_), (out, *_) = _shapes(op, values)
+    dims = op.args[2] if len(op.args) > 2 and op.args[2] is not None else range(len(shape))
+    over = {d % len(shape) for d in ((dims,) if isinstance(dims, int) else dims)} if shape else set()
+    kept = [d for d in range(len(shape)) if len(out) == len(shape) or d not in over]
+    return Rule(tuple(Factor(str(d), n, (Place(d),), (Place(kept.index(d)),)) for d, n in enumerate(shape) if d not in over and n > 1))
+
+
 def opaque(op: Op, values: Mapping[str, Value]) -> Rule:
     return Rule(why="an opaque function: nothing is known of it, so it runs whole")
 
@@ -294,6 +366,19 @@ _BINARY = {
     "Scalar_Tensor": "bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor remainder",
     "Scalar_Self": "xlogy",
 }
+_WINDOWS = (
+    "avg_pool1d.default adaptive_avg_pool1d.default upsample_linear1d.vec upsample_nearest1d.vec",
+    """avg_pool2d.default _adaptive_avg_pool2d.default adaptive_avg_pool2d.default upsample_bilinear2d.vec upsample_bicubic2d.vec
+     upsample_nearest2d.vec _upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.vec""",
+    "avg_pool3d.default _adaptive_avg_pool3d.default adaptive_avg_pool3d.default upsample_trilinear3d.vec upsample_nearest3d.vec",
+)
+_MAXIMA = (
+    "",
+    "max_pool2d_with_indices.default adaptive_max_pool2d.default",
+    "max_pool3d_with_indices.default adaptive_max_pool3d.default",
+)
+_LOSSES = """mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits"""
+"""Element by element: their reduction is an op of its own in the normal form."""
 
 
 def _table() -> dict[str, RuleFunction]:
@@ -307,7 +392,7 @@ def _table() -> dict[str, RuleFunction]:
 
     add(pointwise, *(f"aten.{n}.default" for n in _UNARY))
     add(pointwise, *(f"aten.{n}.{overload}" for overload, names in _BINARY.items() for n in names.split()))
-    add(pointwise, "aten.clamp.default", "aten.clamp.Tensor")
+    add(pointwise, "aten.clamp.default", "aten.clamp.Tensor", "aten.clamp_min.Tensor", "aten.clamp_max.Tensor")
     add(linear_in("01", "02"), "aten.addcmul.default")
     add(linear_in("01"), "aten.addcdiv.default", "aten.lerp.Scalar", "aten.lerp.Tensor")
     add(jointly_linear, "aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar", "aten.rsub.Tensor")
@@ -342,7 +427,7 @@ def _table() -> dict[str, RuleFunction]:
      mode.default"""
     add(reduction(None), *(f"aten.{name}" for name in whole.split()))
     add(along(1), "aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumprod.default",
-        "aten.sort.default", "aten.argsort.default")  # fmt: skip
+        "aten.logcumsumexp.default", "aten.sort.default", "aten.argsort.default")  # fmt: skip
     add(along(1, linear=True), "aten.cumsum.default", "aten.flip.default")
     add(along(2), "aten.topk.default")
     add(along(2, default=None, linear=True), "aten.roll.default")
@@ -360,6 +445,18 @@ def _table() -> dict[str, RuleFunction]:
     add(index_select, "aten.index_select.default")
     add(pad, "aten.constant_pad_nd.default", "aten.pad.default")
     add(convolution, "aten.convolution.default", "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
+    add(columns, "aten.im2col.default", "aten.col2im.default")
+    add(unfold, "aten.unfold.default")
+    for spatial, names in enumerate(_WINDOWS, 1):
+        add(windows(spatial), *(f"aten.{name}" for name in names.split()))
+    for spatial, names in enumerate(_MAXIMA, 1):
+        add(windows(spatial, linear=False), *(f"aten.{name}" for name in names.split()))
+    add(write_slice, "aten.slice_scatter.default")
+    add(scatter(), "aten.scatter.value")
+    add(scatter(0, 2), "aten.scatter.src", "aten.scatter_add.default")
+    add(index_add, "aten.index_add.default")
+    add(vector_norm, "aten.linalg_vector_norm.default")
+    add(pointwise, *(f"aten.{name}.default" for name in _LOSSES.split()))
     return table
 
 
