@@ -180,7 +180,9 @@ def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Call
 def _advice(error: BaseException) -> str:
     if "DataDependent" in type(error).__name__ or "data-dependent" in str(error):
         return "the code branches on, or makes a python number of, a tensor's contents; write it with torch.where or masks"
-    return ""
+    if "numpy" in str(error):
+        return "what leaves torch isn't in the graph: compute it with tensors, before the model or in its constructor"
+    return "call the model plainly on this batch: if that works, the line above does what a graph of fixed shapes can't hold"
 
 
 def _composites() -> dict[Any, Any]:

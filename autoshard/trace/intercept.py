@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,13 +59,16 @@ def same_attributes(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep export from printing the whole partial graph when it fails; the error says what there is to say."""
+    """Keep export from printing the whole partial graph, and torch from logging the op, when it fails; the error says enough."""
     space = vars(importlib.import_module("torch.export._trace"))
     space["print"] = lambda *args, **kwargs: None
+    noisy = logging.getLogger("torch._subclasses.fake_tensor")
+    before, noisy.disabled = noisy.disabled, True
     try:
         yield
     finally:
         del space["print"]
+        noisy.disabled = before
 
 
 @contextmanager
