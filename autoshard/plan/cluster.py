@@ -253,8 +253,9 @@ Where = tuple[str | int, ...]
 
 
 def _parse(text: str, filename: str, ranks: int | None) -> Cluster:
-    data, marks = load_strict(text, filename, ClusterFileError)
-    reader = _Reader(data, marks, Faults(filename, ClusterFileError))
+    faults = Faults(filename, ClusterFileError)
+    data, marks = load_strict(text, filename, ClusterFileError, faults)
+    reader = _Reader(data, marks, faults)
     reader.mapping((), _TOP)
     name = reader.text(("name",))
     types = {key: _device(reader, ("devices", key), key) for key in reader.table(("devices",))}

@@ -73,22 +73,24 @@ class Faults:
             raise self.error("\n".join([f"{count} fault{'s' * (count > 1)} in {self.filename}", *shown]))
 
 
-def load_strict(text: str, filename: str, error: type[AutoshardError] = PlanFileError) -> tuple[Any, Marks]:
-    """Parse one YAML document. Returns its data and its marks; raises `error` naming every fault with file:line:column."""
-    faults = Faults(filename, error)
+def load_strict(
+    text: str, filename: str, error: type[AutoshardError] = PlanFileError, faults: Faults | None = None
+) -> tuple[Any, Marks]:
+    """Parse one YAML document. Returns its data and its marks; raises `error` naming every fault with file:line:column. With `faults`,
+    those that leave data to go on with are put there instead, so that a reader can tell of its own in the same breath."""
+    collected, faults = faults is not None, faults or Faults(filename, error)
     if len(text) > MAX_BYTES:
         faults.add(filename, f"{len(text)} characters; at most {MAX_BYTES} are read")
         faults.raise_any()
-    builder = _Builder(Marks(filename), faults)
+    builder, broken = _Builder(Marks(filename), faults), True
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if not builder.take(event):
-                break
+        broken = not all(builder.take(event) for event in yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as problem:
         faults.add(_where(problem, filename), str(getattr(problem, "problem", None) or getattr(problem, "reason", None) or problem))
     except (ValueError, OverflowError) as problem:  # PyYAML lets bad escapes such as "\UFFFFFFFF" through to chr()
         faults.add(filename, str(problem))
-    faults.raise_any()
+    if broken or not collected:
+        faults.raise_any()
     return builder.root, builder.marks
 
 
