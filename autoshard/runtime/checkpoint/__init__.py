@@ -218,15 +218,37 @@ def load(folder: PathLike, sharded: Trainable, *, scheduler: Any = None, step: i
     choices = json.loads(ranks.share(ranks.together(lambda: json.dumps(_choices(Path(folder), step)) if ranks.rank == 0 else "[]")))
     source = _first_whole(ranks, [Path(path) for path in choices])
     with source:
-        match = ranks.together(lambda: state.check(sharded, source))
 
-        def restore() -> Restored:
-            beside = {key: plain.decode(source.manifest.state.get(key)) for key in ("scheduler", "data", "extra")}
+        def fits() -> tuple[state.Match, dict[str, Any]]:
+            return state.check(sharded, source), _beside(source, scheduler)
+
+        match, beside = ranks.together(fits)
+
+        def restore() -> None:
             state.restore(state.Places(sharded), source, match)
-            _restore_scheduler(scheduler, beside["scheduler"], source.path)
-            return Restored(source.manifest.step, source.path, beside["data"] or {}, beside["extra"] or {})
+            if scheduler is not None and beside["scheduler"]:
+                scheduler.load_state_dict(beside["scheduler"])
 
-        return ranks.together(restore)
+        ranks.together(restore)
+        return Restored(source.manifest.step, source.path, beside["data"], beside["extra"])
+
+
+def _beside(source: Checkpoint, scheduler: Any) -> dict[str, Any]:
+    """What was saved beside the model. Raises CheckpointError where it isn't what it should be."""
+    found = {key: plain.decode(source.manifest.state.get(key)) for key in ("scheduler", "data", "extra")}
+    for key, value in found.items():
+        found[key] = {} if value is None else value
+        if not isinstance(found[key], dict):
+            raise CheckpointError(f"its {key} is {str(value)[:50]!r}, expected a dict", where=str(source.path))
+    if scheduler is not None:
+        if not found["scheduler"]:
+            log.warning("%s holds no scheduler: it starts anew", source.path)
+        unknown = [key for key in found["scheduler"] if key not in scheduler.state_dict()]
+        if unknown:
+            raise CheckpointError(
+                f"its scheduler's state has {str(unknown[0])[:50]!r}, which {type(scheduler).__name__} doesn't know", where=str(source.path)
+            )
+    return found
 
 
 def _choices(folder: Path, step: int | None) -> list[str]:
@@ -270,20 +292,6 @@ def _first_whole(ranks: Ranks, choices: list[Path]) -> Checkpoint:
         return source
     assert refused is not None
     raise refused
-
-
-def _restore_scheduler(scheduler: Any, saved: Any, path: Path) -> None:
-    if scheduler is None:
-        return
-    if saved is None:
-        log.warning("%s holds no scheduler: it starts anew", path)
-        return
-    if not isinstance(saved, dict):
-        raise CheckpointError("its scheduler's state is no dict", where=str(path))
-    unknown = sorted(saved.keys() - scheduler.state_dict().keys())
-    if unknown:
-        raise CheckpointError(f"its scheduler's state has {unknown[0]!r}, which {type(scheduler).__name__} doesn't know", where=str(path))
-    scheduler.load_state_dict(saved)
 
 
 # ---- looking --------------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def steps(folder: Path) -> list[tuple[int, Path]]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    """Whether this is one checkpoint (perhaps a damaged one), not a folder of them."""
+    return _STEP.fullmatch(path.name) is not None or os.path.lexists(path / MANIFEST)
 
 
 def refusal(error: OSError, where: Path) -> CheckpointError:

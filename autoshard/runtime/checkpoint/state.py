@@ -89,9 +89,8 @@ def parts(places: Places, state: State, first: bool) -> Iterator[Part]:
     if first:
         for path, tensor in run.unused.items():
             yield _whole(places.key(path), tensor)
-        yield _whole("rng/cpu", torch.get_rng_state())
-        if run.device.type == "cuda":
-            yield _whole("rng/cuda", torch.cuda.get_rng_state(run.device))
+        for kind, now, _ in _generators(run):
+            yield _whole(f"rng/{kind}", now())
 
 
 def _part(places: Places, kind: str, rank: int, path: str, key: str, shard: Tensor) -> Part:
@@ -269,6 +268,12 @@ class Match:
 def check(run: Trainable, source: Checkpoint) -> Match:
     """Whether this run can go on from there. Raises CheckpointError; nothing has been touched then."""
     manifest, where = source.manifest, str(source.path)
+    for key in ("seed", "steps_taken"):
+        _number(manifest.state, key, source)
+    for kind, now, _ in _generators(run):
+        generator = manifest.tensors.get(f"rng/{kind}")
+        if generator is not None and (generator.dtype, generator.shape) != (torch.uint8, tuple(now().shape)):
+            raise CheckpointError(f"rng/{kind} is no state of this torch's generator", where=where)
     weights, transient = ({n: (t.dtype, t.shape) for n, t in manifest.names(kind).items()} for kind in ("weights", "transient"))
     found = fit(run, weights, manifest.tied, where, transient=transient)
     saved = manifest.state.get("optimizers")
@@ -386,22 +391,24 @@ def _restore_group(group: dict[str, Any], old: Any) -> None:
 
 def _number(facts: Mapping[str, Any], key: str, source: Checkpoint) -> int:
     value = facts.get(key)
-    if type(value) is not int:
+    if type(value) is not int or abs(value) >= 1 << 63:
         raise CheckpointError(f"its {key} is {str(value)[:50]!r}, expected a whole number", where=str(source.path))
     return value
 
 
+def _generators(run: Trainable) -> list[tuple[str, Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """(kind, its state now, how to set it) of torch's generators."""
+    found: list[tuple[str, Callable[[], Tensor], Callable[[Tensor], None]]] = [("cpu", torch.get_rng_state, torch.set_rng_state)]
+    if run.device.type == "cuda":
+        device = run.device
+        found.append(("cuda", lambda: torch.cuda.get_rng_state(device), lambda value: torch.cuda.set_rng_state(value, device)))
+    return found
+
+
 def _restore_generators(run: Trainable, source: Checkpoint) -> None:
-    for kind, put, now in (
-        ("cpu", torch.set_rng_state, torch.get_rng_state),
-        ("cuda", lambda s: torch.cuda.set_rng_state(s, run.device), lambda: torch.cuda.get_rng_state(run.device)),
-    ):
-        stored = source.manifest.tensors.get(f"rng/{kind}")
-        if stored is None or (kind == "cuda" and run.device.type != "cuda"):
-            continue
-        if (stored.dtype, stored.shape) != (torch.uint8, tuple(now().shape)):
-            raise CheckpointError(f"rng/{kind} is no state of this torch's generator", where=str(source.path))
-        try:
-            put(source.part(f"rng/{kind}"))
-        except RuntimeError as error:
-            raise CheckpointError(f"rng/{kind} is no state of this torch's generator", where=str(source.path)) from error
+    for kind, _, put in _generators(run):
+        if f"rng/{kind}" in source.manifest.tensors:
+            try:
+                put(source.part(f"rng/{kind}"))
+            except RuntimeError as error:
+                raise CheckpointError(f"rng/{kind} is no state of this torch's generator", where=str(source.path)) from error
