@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -46,6 +46,17 @@ class Type:
     dim: int = -1
     cut: Cut = ()
     reduce: str = "sum"
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # the planner looks layouts up millions of times
+        object.__setattr__(self, "_hash", hash((self.kind, self.dim, self.cut, self.reduce)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Type], tuple[object, ...]]:
+        return Type, (self.kind, self.dim, self.cut, self.reduce)  # hashes of texts differ between processes
 
     def __str__(self) -> str:
         if self.kind == "S":
@@ -73,6 +84,7 @@ Layout = tuple[Type, ...]
 """One type per mesh axis, in the mesh's order."""
 
 
+@functools.lru_cache(maxsize=65536)
 def S(dim: int, cut: Cut = ()) -> Type:
     return Type("S", dim, cut)
 
@@ -181,6 +193,6 @@ def compatible(a: Cut, ka: int, b: Cut, kb: int, n: int) -> bool:
 def legal(shape: tuple[int, ...], layout: Layout, sizes: tuple[int, ...]) -> bool:
     """Whether several axes' shards of one value fit together."""
     shards = [(t, k) for t, k in zip(layout, sizes, strict=True) if t.kind == "S" and k > 1]
-    return all(
+    return len(shards) < 2 or all(
         t.dim != u.dim or compatible(t.cut, k, u.cut, m, shape[t.dim]) for i, (t, k) in enumerate(shards) for u, m in shards[i + 1 :]
     )

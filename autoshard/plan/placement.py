@@ -11,6 +11,7 @@ cheap and used everywhere, so it isn't part of the problem: it lies cut along th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -318,13 +319,18 @@ def _signature(space: Space, name: str) -> object:
     return hash(tuple(map(str, domain)))
 
 
+Side = tuple[tuple[Layout, ...], list[tuple[int, ...]]]
+"""Distinct layouts, and for each strategy of a domain which of them it makes or takes."""
+
+
 class _Tables:
     """Cost arrays, each computed once for arguments that are alike."""
 
     def __init__(self, space: Space, prices: Prices) -> None:
         self.space, self.prices, self.graph = space, prices, space.split.graph
-        self.memo: dict[object, float] = {}
+        self.memo: dict[tuple[Tensor, bool], dict[tuple[Layout, Layout], float]] = {}
         self.edges: dict[object, np.ndarray] = {}
+        self.sides: dict[object, Side] = {}
 
     def unary(self, op: Op) -> np.ndarray:
         return self.prices.op(op, self.space.rules[op.name], self.graph, self.space.domains[op.name], self.space.sizes)
@@ -339,67 +345,84 @@ class _Tables:
         made = tuple(self.space.storage[name]) if source is None else (id(self.space.domains[source.name]), source.outs.index(name))
         key = (made, id(self.space.domains[op.name]), tuple(positions), v.tensor, v.grad)
         if key not in self.edges:
-            have = list(self.space.storage[name]) if source is None else self.made(source, name)
+            have = _distinct(self.space.storage[name]) if source is None else self._made(source, name)
             weight = self.prices.per_step if source is None else 1.0
             self.edges[key] = self._moves(have, self._wanted(op, positions), name) * weight
         return self.edges[key]
 
     def from_fixed(self, op: Op, name: str, positions: list[int]) -> np.ndarray:
-        return self._moves([self.space.held[name]], self._wanted(op, positions), name)[0]
+        return self._moves(_distinct([self.space.held[name]]), self._wanted(op, positions), name)[0]
 
     def root(self, op: Op, name: str, layout: Layout) -> np.ndarray:
-        out = op.outs.index(name)
-        return self._moves([tuple(s.outs[out] for s in pair) for pair in self.space.domains[op.name]], [[layout]], name)[:, 0]
+        return self._moves(self._made(op, name), _distinct([layout]), name)[:, 0]
 
     def made(self, source: Op, name: str) -> list[Layout]:
-        out = source.outs.index(name)
-        return [tuple(s.outs[out] for s in pair) for pair in self.space.domains[source.name]]
+        layouts, which = self._made(source, name)
+        return [layouts[i] for (i,) in which]
 
     def moves(self, have: Sequence[Layout], want: Sequence[Layout], name: str) -> np.ndarray:
-        return self._moves(have, [[w] for w in want], name)
+        return self._moves(_distinct(have), _distinct(want), name)
 
     def same(self, layouts: Sequence[Layout], op: Op, positions: list[int]) -> np.ndarray:
         """Free where the op takes the use's layout, forbidden elsewhere."""
-        wanted = self._wanted(op, positions)
-        return np.array([[0.0 if w == [layout] else np.inf for w in wanted] for layout in layouts])
+        there, which = self._wanted(op, positions)
+        return np.array([[0.0 if w == (i,) else np.inf for w in which] for i in (_index(there, layout) for layout in layouts)])
 
-    def _wanted(self, op: Op, positions: list[int]) -> list[list[Layout]]:
-        return [list({tuple(s.ins[i] for s in pair): None for i in positions}) for pair in self.space.domains[op.name]]
+    def _made(self, source: Op, name: str) -> Side:
+        out, domain = source.outs.index(name), self.space.domains[source.name]
+        key = (id(domain), out)
+        if key not in self.sides:
+            self.sides[key] = _distinct([tuple(s.outs[out] for s in pair) for pair in domain])
+        return self.sides[key]
 
-    def _moves(self, have: Sequence[Layout], want: Sequence[list[Layout]], name: str) -> np.ndarray:
+    def _wanted(self, op: Op, positions: list[int]) -> Side:
+        domain = self.space.domains[op.name]
+        key = (id(domain), "in", *positions)
+        if key not in self.sides:
+            found: dict[Layout, int] = {}
+            which = []
+            for pair in domain:
+                layouts = dict.fromkeys(tuple(s.ins[i] for s in pair) for i in positions)
+                which.append(tuple(found.setdefault(layout, len(found)) for layout in layouts))
+            self.sides[key] = (tuple(found), which)
+        return self.sides[key]
+
+    def _moves(self, have: Side, want: Side, name: str) -> np.ndarray:
         v = self.graph.values[name]
-        rows: dict[Layout, int] = {}
-        columns: dict[Layout, int] = {}
-        for h in have:
-            rows.setdefault(h, len(rows))
-        for w in want:
-            for layout in w:
-                columns.setdefault(layout, len(columns))
-        small = np.array([[self._move(v, a, b) for b in columns] for a in rows])
-        full = small[[rows[h] for h in have]]
-        return np.stack([full[:, [columns[layout] for layout in w]].sum(axis=1) for w in want], axis=1)
+        (rows, row_of), (columns, column_of) = have, want
+        known = self.memo.setdefault((v.tensor, v.grad), {})
+        small = np.array([[0.0 if a == b else known[a, b] if (a, b) in known else self._price(v, a, b, known) for b in columns] for a in rows])
+        full = small[[i for (i,) in row_of]]
+        if all(len(w) == 1 for w in column_of):
+            return full[:, [i for (i,) in column_of]]
+        return np.stack([full[:, list(w)].sum(axis=1) for w in column_of], axis=1)
 
-    def _move(self, v: Value, a: Layout, b: Layout) -> float:
-        if a == b:
-            return 0.0
-        key = (v.tensor, v.grad, a, b)
-        if key not in self.memo:
-            self.memo[key] = self._price(v, a, b)
-        return self.memo[key]
-
-    def _price(self, v: Value, a: Layout, b: Layout) -> float:
-        if not reachable(v, a, b, self.space.sizes):
-            return float("inf")
-        return self.prices.move(v.tensor, a, b, self.space.sizes, v.grad)
+    def _price(self, v: Value, a: Layout, b: Layout, known: dict[tuple[Layout, Layout], float]) -> float:
+        there = reachable(v, a, b, self.space.sizes)
+        known[a, b] = self.prices.move(v.tensor, a, b, self.space.sizes, v.grad) if there else float("inf")
+        return known[a, b]
 
 
-def path(v_shape: tuple[int, ...], a: Layout, b: Layout, sizes: tuple[int, ...]) -> list[tuple[int, Type, Type]] | None:
+def _distinct(layouts: Sequence[Layout]) -> Side:
+    found: dict[Layout, int] = {}
+    which = [(found.setdefault(layout, len(found)),) for layout in layouts]
+    return tuple(found), which
+
+
+def _index(layouts: Sequence[Layout], wanted: Layout) -> int:
+    return layouts.index(wanted) if wanted in layouts else -1
+
+
+_ORDER = {"slice": 0, "reduce_scatter": 1, "mask": 2, "nothing": 2, "all_to_all": 3, "all_reduce": 4, "embed": 5, "all_gather": 6}
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def path(v_shape: tuple[int, ...], a: Layout, b: Layout, sizes: tuple[int, ...]) -> tuple[tuple[int, Type, Type], ...] | None:
     """The order in which the axes go from a to b, so that every layout on the way is legal: (axis, from, to), those that
     shrink the value first. None if there is no way."""
     steps = [(i, s, t) for i, (s, t) in enumerate(zip(a, b, strict=True)) if s != t and sizes[i] > 1]
-    rank = {"slice": 0, "reduce_scatter": 1, "mask": 2, "nothing": 2, "all_to_all": 3, "all_reduce": 4, "embed": 5, "all_gather": 6}
     try:
-        ordered = sorted(steps, key=lambda s: rank[transition(s[1], s[2])])
+        ordered = sorted(steps, key=lambda s: _ORDER[transition(s[1], s[2])])
     except KeyError:
         return None
     for order in (ordered, ordered[::-1]):
@@ -409,7 +432,7 @@ def path(v_shape: tuple[int, ...], a: Layout, b: Layout, sizes: tuple[int, ...])
             if not legal(v_shape, tuple(layout), sizes):
                 break
         else:
-            return order
+            return tuple(order)
     return None
 
 

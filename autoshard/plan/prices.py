@@ -59,35 +59,40 @@ class Prices:
 
     def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int, divide: bool = False) -> None:
         self.cluster, self.mesh, self.per_step, self.divide = cluster, mesh, 1.0 / microbatches, divide
+        self.device = cluster.device
         self.memo: dict[object, float] = {}
-        self.unary: dict[object, np.ndarray] = {}
+        self.wires: dict[tuple[str, float, int], float] = {}
+        self.unary: dict[int, tuple[Sequence[Pair], dict[object, np.ndarray]]] = {}
 
     def op(self, op: Op, rule: Rule, graph: Graph, choices: Sequence[Pair], sizes: tuple[int, ...]) -> np.ndarray:
         values = graph.values
         operands, outs = [values[n] for n in op.inputs], [values[n] for n in op.outs]
-        key = (op.target, repr(op.args)[:400], tuple((v.tensor, v.grad) for v in (*operands, *outs)), tuple(choices))
-        if key not in self.unary:
+        known = self.unary.setdefault(id(choices), (choices, {}))[1]  # ops that are alike share their choices, as an object
+        key = (op.target, repr(op.args)[:400] if is_heavy(op) else "", tuple((v.tensor, v.grad) for v in (*operands, *outs)))
+        if key not in known:
             work, heavy = flops(op, values), is_heavy(op)
-            self.unary[key] = np.array([self._one(op, work, heavy, operands, outs, pair, sizes) for pair in choices])
-        return self.unary[key]
+            known[key] = np.array([self._one(op, work, heavy, operands, outs, pair, sizes) for pair in choices])
+        return known[key]
 
     def _one(
         self, op: Op, work: float, heavy: bool, operands: Sequence[Value], outs: Sequence[Value], pair: Pair, sizes: tuple[int, ...]
     ) -> float:
-        share = 1.0
-        for strategy, k in zip(pair, sizes, strict=True):
-            if k > 1 and any(t.kind == "S" for t in (*strategy.ins, *strategy.outs)):
-                share *= _largest_share(strategy, operands, outs, k)
-        held = sum(_local_bytes(v.tensor, tuple(s.ins[i] for s in pair), sizes) for i, v in enumerate(operands))
-        held += sum(_local_bytes(v.tensor, tuple(s.outs[i] for s in pair), sizes) for i, v in enumerate(outs))
+        held = 0.0
+        for i, v in enumerate(operands):
+            held += _local_bytes(v.tensor, tuple([s.ins[i] for s in pair]), sizes)
+        for i, v in enumerate(outs):
+            held += _local_bytes(v.tensor, tuple([s.outs[i] for s in pair]), sizes)
         grad = any(v.grad for v in outs)
-        dtype = outs[0].tensor.dtype
-        device = self.cluster.device
         if heavy and work:
-            once = op_seconds(device, work * share, held, dtype, "attention" if "attention" in op.target else "")
+            share = 1.0
+            for strategy, k in zip(pair, sizes, strict=True):
+                if k > 1 and any(t.kind == "S" for t in (*strategy.ins, *strategy.outs)):
+                    share *= _largest_share(strategy, operands, outs, k)
+            kernel = "attention" if "attention" in op.target else ""
+            once = op_seconds(self.device, work * share, held, outs[0].tensor.dtype, kernel)
             seconds = float(once * (1.0 + (sum(v.grad for v in operands[:3]) if grad else 0)))
             return seconds + (DIVIDE * seconds * share if self.divide and share > self._best_share(sizes) else 0.0)
-        return float((memory_seconds(device, held * FUSED) - device.launch) * (2.0 if grad else 1.0))
+        return held * FUSED / self.device.memory_bandwidth * (2.0 if grad else 1.0)
 
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
         """A transition and its gradient's, axis by axis."""
@@ -100,28 +105,28 @@ class Prices:
         assert steps is not None
         total, layout = 0.0, list(a)
         for axis, have, want in steps:
-            rest = [t for i, t in enumerate(layout) if i != axis]
-            others = [k for i, k in enumerate(sizes) if i != axis]
-            full = _local_bytes(tensor, tuple(rest), tuple(others))
+            full = _local_bytes(tensor, tuple([t for i, t in enumerate(layout) if i != axis]), tuple([k for i, k in enumerate(sizes) if i != axis]))
             total += self._wire(transition(have, want), full, axis, have, want)
             if grad:
-                total += self._wire(transition(gradient(want), gradient(have)), full, axis, gradient(want), gradient(have))
+                back, forth = gradient(want), gradient(have)
+                total += self._wire(transition(back, forth), full, axis, back, forth)
             layout[axis] = want
         self.memo[key] = total
         return total
 
     def _wire(self, kind: str, full: float, axis: int, a: Type, b: Type) -> float:
-        device = self.cluster.device
         if kind == "nothing":
             return 0.0
         if kind in ("slice", "embed", "mask"):
-            return memory_seconds(device, full)
-        size, stride = self.mesh.size(AXES[axis]), self.mesh.stride(AXES[axis])
-        seconds = float(collective.seconds(self.cluster, kind, full, size, stride))
+            return self.device.launch + full / self.device.memory_bandwidth
+        moved = (a.kind == "S" and (a.dim != 0 or a.cut != ())) or (b.kind == "S" and (b.dim != 0 or b.cut != ()))
         if kind == "all_to_all" and a.dim == b.dim:
-            seconds = float(collective.seconds(self.cluster, "all_gather", full, size, stride))
-        moved = (a.kind == "S" and (a.dim != 0 or a.cut)) or (b.kind == "S" and (b.dim != 0 or b.cut))
-        return seconds + (memory_seconds(device, 2 * full) if moved else 0.0)
+            kind = "all_gather"
+        key = (kind, full, axis)
+        if key not in self.wires:
+            size, stride = self.mesh.size(AXES[axis]), self.mesh.stride(AXES[axis])
+            self.wires[key] = float(collective.seconds(self.cluster, kind, full, size, stride))
+        return self.wires[key] + (self.device.launch + 2 * full / self.device.memory_bandwidth if moved else 0.0)
 
     def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray:
         """The optimizer's pass over what is stored."""
