@@ -59,7 +59,7 @@ def parallelize(
     torch.compile (default: on CUDA). `exact_random`: dropout replays torch's own CPU stream, as the plain model draws it (slow, for
     comparisons); otherwise every element's draw is keyed by seed and global index, the same under every plan.
     """
-    where = _device(mesh, device)
+    where = choose_device(mesh, device)
     comm = Comm(where)
     cluster, degrees = comm.together(lambda: _ranks(mesh, comm))
     rooms = Rooms(model, comm, cluster, degrees, loss, plan, dict(pins or {}), batch_dims, microbatches, exact_random)
@@ -136,7 +136,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 # ---- where to run ---------------------------------------------------------------------------------------------------
 
 
-def _device(mesh: Where, device: torch.device | str | None) -> torch.device:
+def choose_device(mesh: Where, device: torch.device | str | None) -> torch.device:
     """This process's device: as given, else the mesh's kind, else a GPU where there is one (unless the ranks talk through gloo)."""
     if device is None and isinstance(mesh, DeviceMesh):
         device = mesh.device_type
@@ -161,7 +161,7 @@ def _ranks(mesh: Where, comm: Comm) -> tuple[Cluster | None, Mesh | None]:
             f"{degrees or cluster} has {count} ranks, but {comm.size} are running",
             hint=f"start {count} processes (torchrun --nproc-per-node), or give a mesh of {comm.size}",
         )
-    return cluster or _this_machine(comm), degrees
+    return cluster or this_machine(comm), degrees
 
 
 def _cluster_or_degrees(mesh: Where) -> tuple[Cluster | None, Mesh | None]:
@@ -194,7 +194,7 @@ def _degrees(mesh: DeviceMesh) -> Mesh:
     return found
 
 
-def _this_machine(comm: Comm) -> Cluster:
+def this_machine(comm: Comm) -> Cluster:
     """What the catalogue has of this machine's GPU, else its CPUs."""
     if comm.device.type == "cuda":
         name = torch.cuda.get_device_name(comm.device).lower()

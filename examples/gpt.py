@@ -92,3 +92,8 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def build(seq: int = 128, **sizes: int) -> GPT:
+    """A GPT for sequences of up to `seq` tokens; `sizes` are the other fields of `Config`."""
+    return GPT(Config(seq=seq, **sizes))

@@ -1,0 +1,94 @@
+"""A config → a `Trainer`: ranks, data, model and plan, made in that order on every rank; what fails on one is raised on all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .. import models
+from ..api import choose_device, parallelize, this_machine
+from ..config import Config
+from ..errors import ConfigError
+from ..mesh import Mesh
+from ..plan.cluster import Cluster
+from ..report import plan_table
+from ..runtime.comm import Comm
+from ..runtime.data import Batches, Stream, open_sources, split
+from ..runtime.trainer import Trainer
+from .progress import Progress
+
+
+def assemble(config: Config, progress: Progress) -> Trainer:
+    """Raises whatever is wrong with the data, the model or the machine."""
+    parallel, data = config.parallel, config.data
+    device = choose_device("", parallel.device)
+    comm = Comm(device)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.size))
+    where = comm.together(lambda: _where(config, comm))
+    machine = where if isinstance(where, Cluster) else comm.together(lambda: this_machine(comm))
+    train, held = comm.together(lambda: _streams(config))
+    source = comm.together(lambda: models.find(config.model.source, config.model.arguments))
+    torch.manual_seed(config.run.seed)
+    model = comm.together(lambda: _model(config, source))
+    fields = comm.together(lambda: _fields(config, model))
+    vocabulary = models.vocabulary(model)
+
+    def batches(streams: list[Stream], order: str, seed: int) -> Batches:
+        return Batches(streams, seq=data.seq, batch=data.batch, order=order, seed=seed, fields=fields, vocabulary=vocabulary)
+
+    training = comm.together(lambda: batches(train, data.order, config.run.seed))
+    held_out = comm.together(lambda: batches(held, "random", config.run.seed + 1) if held else None)
+    example = {name: torch.zeros(data.batch, data.seq, dtype=torch.int64) for name in fields}
+    sharded = parallelize(
+        model, where, kwargs=example, plan=parallel.plan, pins=parallel.pins, microbatches=parallel.microbatches, compile=parallel.compile,
+        device=device,
+    )  # fmt: skip
+    progress.console.print(plan_table(sharded.plan))
+    progress.say(f"{sum(len(s.tokens) for s in train):,} tokens to train on, {sum(len(s.tokens) for s in held):,} held out")
+    return Trainer(sharded, config, training, held_out, machine.device, progress)
+
+
+def _where(config: Config, comm: Comm) -> Cluster | Mapping[str, int]:
+    parallel = config.parallel
+    if parallel.mesh is not None:
+        mesh = Mesh.parse(parallel.mesh)
+        return dict(zip(mesh.names, mesh.sizes, strict=True))
+    return Cluster.load(parallel.cluster) if parallel.cluster is not None else this_machine(comm)
+
+
+def _streams(config: Config) -> tuple[list[Stream], list[Stream]]:
+    """(training, held out)."""
+    data = config.data
+    whole = open_sources(data.sources, data.tokenizer)
+    if config.evaluation.sources:
+        return whole, open_sources(config.evaluation.sources, data.tokenizer)
+    return split(whole, data.held_out, data.seq + 1)
+
+
+def _model(config: Config, source: models.Source) -> nn.Module:
+    settings, data = config.model, config.data
+    if settings.pretrained is not None:
+        return _pretrained(settings.pretrained)
+    make = source.maker(batch=data.batch, seq=data.seq, dtype=settings.dtype)
+    if not settings.deferred:
+        return make()
+    from ..runtime.deferred import deferred
+
+    return deferred(make)
+
+
+def _pretrained(folder: str) -> nn.Module:
+    try:
+        from ..runtime.huggingface import load_pretrained
+    except ImportError as error:
+        raise ConfigError("this build can't read Hugging Face weights") from error
+    return load_pretrained(folder)
+
+
+def _fields(config: Config, model: nn.Module) -> dict[str, str]:
+    """The model's arguments and what fills each. Raises ConfigError."""
+    return dict(config.data.fields) or models.fields_of(model)
