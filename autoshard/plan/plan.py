@@ -9,20 +9,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import PlanFileError, StalePlanError
+from ..errors import AutoshardError, PlanFileError, StalePlanError
 from ..layout import Layout, Type
 from ..mesh import Mesh
 from ..trace.graph import Graph
 from ..trace.ops.rule import Strategy
 from . import schedules
-from .strict_yaml import load_strict
+from .strict_yaml import Faults, Marks, load_strict
 
 VERSION = 1
 
@@ -99,36 +99,72 @@ class Plan:
     @classmethod
     def from_yaml(cls, text: str, filename: str = "plan") -> Plan:
         """Read what `to_yaml` wrote. Raises PlanFileError."""
-        data, mark_of = load_strict(text, filename)
-        expected = {"version"} | {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(data, Mapping) or set(data) != expected:
-            odd = sorted(expected.symmetric_difference(data)) if isinstance(data, Mapping) else []
-            raise PlanFileError(f"{filename} is not a plan: keys missing or unknown: {', '.join(odd) or 'all'}")
-        if data["version"] != VERSION:
-            raise PlanFileError(f"{filename} is a plan of version {data['version']}, expected {VERSION}", where=mark_of(("version",)))
-        key = ""
+        faults = Faults(filename, PlanFileError)
+        data, marks = load_strict(text, filename, PlanFileError, faults)
+        expected = ["version", *(f.name for f in dataclasses.fields(cls))]
+        if not isinstance(data, dict):
+            faults.add(marks(()), f"expected a plan's keys ({', '.join(expected)})")
+            faults.raise_any()
+        for key in data:
+            if key not in expected:
+                faults.add(marks.key((key,)), f"unknown key {str(key)[:60]!r}; a plan has {', '.join(expected)}")
+        for key in expected:
+            if key not in data:
+                faults.add(marks(()), f"the key {key!r} is missing")
+        if data.get("version", VERSION) != VERSION:
+            faults.add(marks(("version",)), f"a plan of version {data['version']!r}, expected {VERSION}")
+        found = {key: _read(key, data[key], faults, marks) for key in expected[1:] if key in data}
+        faults.raise_any()
+        return cls(**found)
+
+
+def _read(key: str, value: Any, faults: Faults, marks: Marks) -> Any:
+    """A field from its YAML, by `_READERS`: one reader for a value, or one for each entry of a mapping. Faults go to `faults`."""
+    read = _READERS[key]
+    items = value if isinstance(read, _Each) and isinstance(value, dict) else None
+    if isinstance(read, _Each) and items is None:
+        faults.add(marks((key,)), f"{key}: expected a mapping, found {str(value)[:60]!r}")
+        return {}
+    found = {}
+    for name, entry, at in ((n, e, (key, n)) for n, e in items.items()) if items is not None else ((key, value, (key,)),):
         try:
-            for key in ("microbatches", "cuts", "ops", "storage", "inputs", "instructions"):
-                _READERS[key](data[key])
-            return cls(
-                graph=str(data["graph"]),
-                mesh=Mesh.parse(data["mesh"]),
-                schedule=str(data["schedule"]),
-                predicted=data["predicted"],
-                notes=list(data["notes"]),
-                runners_up=list(data["runners_up"]),
-                **{k: read(data[k]) for k, read in _READERS.items()},
-            )
-        except (PlanFileError, TypeError, ValueError, AttributeError) as error:
-            raise PlanFileError(f"{filename} is not a plan: {error}", where=mark_of((key,)) if key else "") from error
+            found[name] = (read.read if isinstance(read, _Each) else read)(entry)
+        except (AutoshardError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            faults.add(marks(at), f"{'.'.join(map(str, at))[:200]}: {str(error).splitlines()[0][:300] or type(error).__name__}")
+    return found if items is not None else found.get(key)
 
 
 def _layout_text(layout: Layout) -> str:
     return " ; ".join(map(str, layout))
 
 
-def _layouts(data: Mapping[str, str]) -> dict[str, Layout]:
-    return {k: tuple(Type.parse(t) for t in v.split(" ; ")) for k, v in data.items()}
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise PlanFileError(f"expected text, found {str(value)[:60]!r}")
+    return value
+
+
+def _list_of(kind: type) -> Callable[[Any], list[Any]]:
+    def read(value: Any) -> list[Any]:
+        if not isinstance(value, list) or not all(isinstance(v, kind) for v in value):
+            raise PlanFileError(f"expected a list of {'text' if kind is str else 'mappings'}, found {str(value)[:60]!r}")
+        return value
+
+    return read
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise PlanFileError(f"expected a mapping, found {str(value)[:60]!r}")
+    return value
+
+
+def _layout(value: Any) -> Layout:
+    return tuple(Type.parse(t) for t in _text(value).split(" ; "))
+
+
+def _strategies(value: Any) -> tuple[Strategy, ...]:
+    return tuple(Strategy.parse(s.strip()) for s in _text(value).split(" ; "))
 
 
 def _positive(n: object) -> int:
@@ -138,16 +174,30 @@ def _positive(n: object) -> int:
 
 
 def _starts(cuts: list[int]) -> tuple[int, ...]:
-    if not cuts or cuts[0] != 0 or any(not isinstance(c, int) for c in cuts) or any(a >= b for a, b in itertools.pairwise(cuts)):
+    whole = isinstance(cuts, list) and all(type(c) is int for c in cuts)
+    if not whole or cuts[:1] != [0] or any(a >= b for a, b in itertools.pairwise(cuts)):
         raise PlanFileError(f"cuts must be the first block of each stage, from 0 and rising, found {cuts}")
     return tuple(cuts)
 
 
+@dataclass(frozen=True)
+class _Each:
+    """Reads the entries of a mapping, one by one."""
+
+    read: Callable[[Any], Any]
+
+
 _READERS: dict[str, Any] = {
+    "graph": _text,
+    "mesh": lambda value: Mesh.parse(_text(value)),
     "microbatches": _positive,
+    "schedule": _text,
     "cuts": _starts,
-    "ops": lambda data: {k: tuple(Strategy.parse(s.strip()) for s in v.split(" ; ")) for k, v in data.items()},
-    "storage": _layouts,
-    "inputs": _layouts,
-    "instructions": lambda lines: schedules.parse("\n".join(lines)),
+    "ops": _Each(_strategies),
+    "storage": _Each(_layout),
+    "inputs": _Each(_layout),
+    "instructions": lambda lines: schedules.parse("\n".join(_list_of(str)(lines))),
+    "predicted": _mapping,
+    "notes": _list_of(str),
+    "runners_up": _list_of(dict),
 }

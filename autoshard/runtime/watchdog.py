@@ -114,15 +114,21 @@ def _process(report: Report) -> str:
 
 
 def _alive(pid: int) -> bool:
+    return _state(pid) != "X"
+
+
+def _state(pid: int) -> str:
+    """The system's letter for a process of this host: T is stopped; X, dead, also where it is gone or a zombie; R if that can't be told."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
+        return "X"
     except PermissionError:
-        return True
+        return "R"
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0] != "Z"
-    return True
+        letter = stat.read().rpartition(")")[2].split()[0]
+        return "X" if letter in "ZXx" else letter
+    return "R"
 
 
 # ---- where a thread stands ------------------------------------------------------------------------------------------
@@ -185,29 +191,50 @@ class Watchdog:
         self.ending = threading.Event()
         self.over = False
         """Whether this process is about to end because of a hang."""
+        self.blamed = False
+        """Whether others have named this rank as the one they wait for."""
         self.lock = threading.Lock()
-        self.publish(self.look())
-        self.thread = threading.Thread(target=self.watch, name="autoshard-watchdog", daemon=True)
-        self.thread.start()
+        self.latest = self.look()
+        self.reports: list[Report] = []
+        self.answered = time.monotonic()
+        self.exchange()
+        # one thread looks, one talks: the rank that holds the store may be the one that is stopped
+        self.threads = [threading.Thread(target=f, name=f"autoshard-{f.__name__}", daemon=True) for f in (self.watch, self.talk)]
+        for thread in self.threads:
+            thread.start()
 
     def close(self) -> None:
         self.ending.set()
-        self.thread.join(2 * TICK)
+        for thread in self.threads:
+            thread.join(2 * TICK)
+
+    def talk(self) -> None:
+        while not self.ending.wait(TICK):
+            try:
+                self.exchange()
+            except Exception as error:  # its holder has ended
+                log.debug("the watchdog's store is gone: %s", error)
+                if self.blamed:
+                    os._exit(RankError.exit_code)  # the others have given this rank up
+                self.ending.set()
+
+    def exchange(self) -> None:
+        """Tell the store of this rank; hear of the others, if this one waits for them."""
+        with self.lock:
+            self.store.set(f"watch/{self.rank}", json.dumps(asdict(self.latest)))
+            if self.store.check(["watch/over"]):  # seen by a rank that isn't waiting itself, as the one that is stuck
+                self.over = True
+                os._exit(RankError.exit_code)
+            self.blamed = self.store.check([f"watch/blamed/{self.rank}"])
+        if self.latest.waiting > self.name_after - SILENT - 2 * TICK or len(self.reports) < self.size:
+            self.reports = self.everyone()
+        self.answered = time.monotonic()
 
     def watch(self) -> None:
         while not self.ending.wait(TICK):
-            try:
-                report = self.look()
-                self.publish(report)
-                with self.lock:
-                    self.over = self.store.check(["watch/over"])
-                if self.over:  # a rank that isn't waiting itself, as the one that is stuck
-                    os._exit(RankError.exit_code)
-                if report.waiting > self.name_after - SILENT - TICK:
-                    self.consider(report)
-            except Exception as error:  # the store is gone: the job is ending, or its first rank has died
-                log.debug("watchdog: %s", error)
-                return
+            self.latest = self.look()
+            if self.latest.waiting >= self.name_after - SILENT:
+                self.consider(self.latest)
 
     # ---- this rank --------------------------------------------------------------------------------------------------
 
@@ -222,10 +249,6 @@ class Watchdog:
             self.stood, self.since = stood, now
         self.ticks += 1
         return Report(self.rank, self.ticks, number, action, place, now - self.since, os.getpid(), socket.gethostname())
-
-    def publish(self, report: Report) -> None:
-        with self.lock:
-            self.store.set(f"watch/{self.rank}", json.dumps(asdict(report)))
 
     # ---- the others -------------------------------------------------------------------------------------------------
 
@@ -248,27 +271,43 @@ class Watchdog:
 
     def consider(self, mine: Report) -> None:
         """Called at every tick while this rank waits: name who is waited for, once; end it all in the end."""
-        reports = self.everyone()
+        reports = self.reports
         silent = self.silent(reports)
         if mine.waiting < self.name_after:
             return
-        verdict = judge(reports, silent)
-        speaks = mine.rank == min((r.rank for r in reports if r.waiting and r.rank not in silent), default=mine.rank)
-        limit = self.stopped_after if verdict.stopped else self.stop_after
+        deaf = time.monotonic() - self.answered
+        if deaf > SILENT:
+            text = f"rank 0, or the launcher that holds the job's store, no longer answers, and keeps rank {mine.rank} waiting"
+            holder = tuple(r for r in reports if r.rank == 0 and r.host == mine.host and _state(r.pid) in "TX")
+            verdict, speaks = Verdict(text, holder), mine.rank <= 1
+        else:
+            verdict = judge(reports, silent)
+            speaks = mine.rank == min((r.rank for r in reports if r.waiting and r.rank not in silent), default=mine.rank)
+        limit = self.stopped_after if verdict.stopped or deaf > SILENT else self.stop_after
         over = mine.waiting >= limit
         if speaks and (over or self.named != self.stood):
             self.named = self.stood
             ends = f"every rank ends now, after {mine.waiting:.0f} s" if over else f"all ranks end if this lasts {limit:.0f} s"
             print(f"autoshard: {verdict.text} ({mine.waiting:.0f} s; {ends})", file=sys.stderr, flush=True)
+            if deaf <= SILENT:
+                self.tell(*(f"blamed/{r.rank}" for r in reports if not r.waiting))
         if over:
-            self.over = True
-            with self.lock:
-                self.store.set("watch/over", verdict.text[:4000])
-            for r in verdict.stopped:
-                if r.host == mine.host and _alive(r.pid):
-                    os.kill(r.pid, signal.SIGKILL)
-            time.sleep(2 * TICK if self.rank == 0 else 0)  # the store may live in rank 0, and the others read it once more
-            os._exit(RankError.exit_code)
+            self.end(verdict, mine, deaf > SILENT)
+
+    def tell(self, *keys: str) -> None:
+        with self.lock, contextlib.suppress(Exception):
+            for key in keys:
+                self.store.set(f"watch/{key}", "1")
+
+    def end(self, verdict: Verdict, mine: Report, deaf: bool) -> None:
+        self.over = True
+        if not deaf:
+            self.tell("over")
+        for r in verdict.stopped:
+            if r.host == mine.host and _alive(r.pid):
+                os.kill(r.pid, signal.SIGKILL)
+        time.sleep(2 * TICK if self.rank == 0 and not deaf else 0)  # the store may live in rank 0, and the others read it once more
+        os._exit(RankError.exit_code)
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 
