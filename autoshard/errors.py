@@ -62,6 +62,10 @@ class StateError(AutoshardError, ValueError):
     """Weights or a state dict don't match the model."""
 
 
+class DeferredError(AutoshardError, ValueError):
+    """A constructor can't be recorded for later, or its recording doesn't cover a tensor."""
+
+
 class OptimizerError(AutoshardError, ValueError):
     """An optimizer can't work on shards."""
 

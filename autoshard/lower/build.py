@@ -35,7 +35,7 @@ def compile(captured: Captured, plan: Plan, *, ranks: Sequence[int] | None = Non
     programs: list[Any] = [None] * plan.mesh.ranks
     for rank in wanted:
         programs[rank] = builder.rank(rank)
-    return Program(plan, split.graph, plan.mesh, dict(captured.constants), programs, captured)
+    return Program(plan, split.graph, plan.mesh, dict(captured.constants), programs, captured, split.kept)
 
 
 @dataclass
@@ -113,9 +113,10 @@ class _Rank:
         blocks = b.stage_blocks(self.stage)
         routines = [self._block(block, uses) for block in blocks]
         updates = {path: name for path, name in graph.updates.items() if self._updates_here(name)}
+        kept = {label: name for label, name in graph.kept.items() if self._updates_here(name)}
         wanted = [p for r in routines for p in r.inputs if not p.param]
         wanted_names = list(dict.fromkeys(p.name.split("|")[0] for p in wanted if not p.name.startswith("@")))
-        wanted_names += [name for name in updates.values() if b.producer[name].name in b.apart]
+        wanted_names += [name for name in (*updates.values(), *kept.values()) if b.producer[name].name in b.apart]
         data = self._data(b.split.data, wanted_names, "data")
         once_for = wanted_names + ([p.name.split("|")[0] for p in data.inputs if not p.name.startswith("@")] if data else [])
         once = self._data(b.split.once, once_for, "prologue")
@@ -148,6 +149,7 @@ class _Rank:
             values=values,
             loss=loss,
             updates={path: self._env(value_name(name, b.root_layout[name])) for path, name in updates.items()},
+            kept={label: value_name(name, b.root_layout[name]) for label, name in kept.items()},
             tied=self._tied(uses),
         )
 

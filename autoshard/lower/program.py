@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..layout import Cut, Layout, dim_positions
+from ..layout import Cut, Layout, Type, dim_positions
 from ..mesh import Mesh
 from ..plan.schedules import Action
 from ..trace.graph import Graph, Tensor
@@ -183,6 +183,8 @@ class RankProgram:
     """Local shape and dtype of every value that travels."""
     loss: str = ""
     updates: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    """What a step hands out besides the loss and this rank makes: its name → the environment's."""
     tied: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Parameter path → ranks (of other stages too) that store the same shard; their gradients are summed after G."""
 
@@ -209,6 +211,8 @@ class Program:
     ranks: list[RankProgram]
     captured: Captured | None = None
     """What the program was made from: it knows how a call's arguments become graph inputs."""
+    kept: dict[str, Type] = field(default_factory=dict)
+    """How the microbatches' parts of what a step hands out become the whole: S to be put together, P a sum, R all the same."""
 
     @property
     def microbatches(self) -> int:

@@ -33,6 +33,8 @@ class TimeSplit:
     inputs: dict[str, tuple[str, Type]] = field(default_factory=dict)
     data: set[str] = field(default_factory=set)
     """Ops of the loop that depend on data alone."""
+    kept: dict[str, Type] = field(default_factory=dict)
+    """What a step hands out besides the loss: its name → its time type."""
 
 
 def prune(graph: Graph) -> Graph:
@@ -53,7 +55,7 @@ def split_time(graph: Graph, n: int) -> TimeSplit:
     graph = prune(graph)
     if n == 1:
         inputs = {v.name: (v.name, R) for v in graph.sources("input")}
-        return TimeSplit(graph, 1, set(), inputs, data_only(graph))
+        return TimeSplit(graph, 1, set(), inputs, data_only(graph), dict.fromkeys(graph.kept, R))
     return _Splitter(graph, n).run()
 
 
@@ -83,6 +85,9 @@ class _Splitter:
                 self.new.updates[path] = self._hoist(name)
             elif name in self.whole:
                 self.new.updates[path] = self.whole[name]
+        for label, name in self.old.kept.items():
+            self.split.kept[label] = self.time[self._materialise(name)]
+            self.new.kept[label] = self.whole.get(name, name) if self.split.kept[label] == R else name
         loss = self.time.get(self.old.loss)
         if loss == R:
             self.new.loss = self._convert(self.old.loss, P)

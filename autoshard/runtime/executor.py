@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..layout import Type, dim_positions
 from ..lower.program import Call, Program, RankProgram
 from ..plan.schedules import Action
 from ..trace import graph
@@ -67,7 +68,7 @@ class Executor:
 
     def last_uses(self) -> list[list[str]]:
         """Per call, the values that nothing needs after it (in the forward of one microbatch)."""
-        needed = set(self.sent) | set(self.rank.updates.values()) | {self.rank.loss}
+        needed = set(self.sent) | set(self.rank.updates.values()) | set(self.rank.kept.values()) | {self.rank.loss}
         drops = []
         for call in reversed(self.calls):
             dead = set(call.inputs).union(call.outputs) - needed
@@ -99,6 +100,8 @@ class Step:
     saved: dict[tuple[int, int], Results] = field(default_factory=dict)
     """(microbatch, call) → what its backward needs; the gather's is at (-1, -1)."""
     loss: Tensor | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What the step hands out besides the loss: whole tensors at the end, parts by microbatch until then."""
 
     def run(self) -> Generator[Request, Any, Tensor]:
         rank = self.x.rank
@@ -139,6 +142,8 @@ class Step:
             loss = self.value(env, rank.loss)
             self.x.shapes[rank.loss] = loss.shape, loss.dtype
             self.loss = loss if self.loss is None else self.loss + loss
+        for label, name in rank.kept.items():
+            self.kept.setdefault(label, []).append((mb, self.value(env, name).detach()))
         if mb == self.x.program.microbatches - 1:
             self.env |= {name: env[name] for name in rank.updates.values() if name in env}
         if not self.pending[mb]:
@@ -216,6 +221,29 @@ class Step:
         self.loss = self.loss.to(torch_dtype(whole.dtype))
         if self.x.program.mesh.size("pp") > 1:
             self.loss = yield Meet("broadcast", "pp", self.loss, (self.x.loss_stage,), "the loss")
+        for label, time in self.x.program.kept.items():
+            self.kept[label] = yield from self.hand_out(label, time)
+
+    def hand_out(self, label: str, time: Type) -> Generator[Request, Any, Tensor]:
+        """A kept value whole, on every stage."""
+        assert self.x.program.captured is not None
+        graph = self.x.program.captured.graph
+        spec, count = graph.values[graph.kept[label]].tensor, self.x.program.microbatches
+        whole = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=self.x.device)
+        parts = self.kept.get(label, [])
+        for i, (mb, part) in enumerate(parts):
+            if time.kind == "S":
+                at = dim_positions(spec.shape[time.dim], time.dim, (time,), (count,), (mb,))
+                whole.index_copy_(time.dim, torch.from_numpy(at).to(self.x.device), part.to(whole.dtype))
+            elif time.kind == "P" and i:
+                whole = torch.maximum(whole, part) if time.reduce == "max" else whole + part
+            else:
+                whole.copy_(part)
+        stages = range(self.x.program.mesh.size("pp"))
+        makers = [s for s in stages if label in self.x.program.ranks[self.x.peer(s)].kept]
+        if len(makers) < len(stages):
+            whole = yield Meet("broadcast", "pp", whole, (makers[0],), f"the output {label}")
+        return whole
 
     def U(self, action: Action) -> Generator[Request, Any, None]:
         for path, buffer in self.state.buffers.items():

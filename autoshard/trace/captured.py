@@ -5,7 +5,11 @@ In: argument tensors of a batch (`flatten`), then parameters, buffers and inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import difflib
+import fnmatch
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..errors import BatchError
-from .graph import Graph, map_refs
+from .graph import Graph, Op, Ref, Value, map_refs
 from .interpret import call
 
 
@@ -102,12 +106,79 @@ class Captured:
         self._skip_draws(drawn, len(self.draws), device)
         return values
 
+    # ---- what a step hands out besides the loss ---------------------------------------------------------------------
+
+    def keeping(self, wanted: Mapping[str, str]) -> Captured:
+        """The same with a graph whose steps also hand out some values: label → value. They are taken behind a detach, so that
+        training doesn't notice."""
+        if not wanted:
+            return self
+        old, kept, after = self.graph, dict[str, str](), dict[str, list[Op]]()
+        values, first = dict(old.values), list[Op]()
+        producer = old.producer()
+        for label, name in wanted.items():
+            value = old.values[name]
+            op = producer.get(name)
+            new = _fresh(f"kept_{len(kept)}", values)
+            values[new] = Value(new, value.tensor, strides=value.strides)
+            where = after.setdefault(op.name, []) if op else first
+            where.append(Op(new, "aten.detach.default", (Ref(name),), {}, (new,), op.source if op else "", op.module if op else ""))
+            kept[label] = new
+        ops = first + [each for op in old.ops for each in (op, *after.get(op.name, ()))]
+        return dataclasses.replace(self, graph=dataclasses.replace(old, values=values, ops=ops, kept=kept))
+
+    def outputs(self, names: Sequence[str] | bool) -> dict[str, str]:
+        """Label → value of the model's outputs by name (True: all, the loss apart). Raises BatchError."""
+        known = self.graph.outputs
+        if isinstance(names, bool):
+            return dict(known) if names else {}
+        for name in names:
+            if name not in known:
+                raise _unknown("output", name, list(known))
+        return {name: known[name] for name in names}
+
+    def activations(self, patterns: Sequence[str]) -> dict[str, str]:
+        """Label → value of what modules (by path or pattern; what a module hands on) and ops (by value name) compute. Raises BatchError."""
+        modules, found = self._module_values(), dict[str, str]()
+        made = {out: out for op in self.graph.ops for out in op.outs}
+        for pattern in patterns:
+            hits = [n for n in modules if fnmatch.fnmatchcase(n, pattern)] or [n for n in made if fnmatch.fnmatchcase(n, pattern)]
+            if not hits:
+                raise _unknown("module or value", pattern, [*modules, *made])
+            found |= {n: modules.get(n) or made[n] for n in hits}
+        return found
+
+    def _module_values(self) -> dict[str, str]:
+        """Module path → the last value made inside it that is used outside of it."""
+        inside: dict[str, set[str]] = {}
+        for op in self.graph.ops:
+            parts = op.module.split(".") if op.module else []
+            for i in range(len(parts)):
+                inside.setdefault(".".join(parts[: i + 1]), set()).add(op.name)
+        users = self.graph.consumers()
+        roots = {*self.graph.roots, *self.graph.outputs.values()}
+        found = {}
+        for path, names in inside.items():
+            made = [out for op in self.graph.ops if op.name in names for out in op.outs]
+            leaving = [o for o in made if o in roots or any(user.name not in names for user in users[o])]
+            found[path] = (leaving or made)[-1]
+        return found
+
     def _skip_draws(self, start: int, end: int, device: torch.device | str) -> int:
         """Make the draws before `end` whose results nobody uses, as the plain model does. Returns the next one's index."""
         for draw in self.draws[start:end]:
             args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), (draw.args, draw.kwargs))
             call(draw.target, args, kwargs, device)
         return end + 1
+
+
+def _fresh(base: str, taken: Mapping[str, Any]) -> str:
+    return next(name for name in (base, *(f"{base}_{i}" for i in itertools.count(1))) if name not in taken)
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> BatchError:
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or list(known)[:5]
+    return BatchError(f"the model has no {what} {name!r}", hint=f"near to it: {', '.join(near)}" if near else "it has none at all")
 
 
 def path_text(path: tuple[Any, ...]) -> str:

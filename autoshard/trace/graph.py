@@ -136,6 +136,7 @@ class Graph:
 
     `loss`: the scalar to train on. `outputs`: further results by name. `updates`: buffer path → value that it takes after
     the step. `tied`: other names of a parameter or buffer → the path that owns it. `notes`: what capture decided and says.
+    `kept`: values that a step hands out whole besides the loss, by the name that the user asked for.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
@@ -145,6 +146,7 @@ class Graph:
     updates: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
 
     def add_value(self, name: str, tensor: Tensor, **facts: Any) -> None:
         assert name not in self.values, name
@@ -170,8 +172,9 @@ class Graph:
 
     @property
     def roots(self) -> list[str]:
-        """The values that a training step must produce: the loss and the buffers' new contents."""
-        return [self.loss, *self.updates.values()] if self.loss else list(self.updates.values())
+        """The values that a training step must produce: the loss, the buffers' new contents, what is kept."""
+        others = [*self.updates.values(), *self.kept.values()]
+        return [self.loss, *others] if self.loss else others
 
     def __str__(self) -> str:
         lines = [f"{v.name}: {v.tensor} {v.role} {v.path}" for v in self.sources("param", "buffer", "constant", "input")]
