@@ -331,6 +331,8 @@ def inspect(path: PathLike) -> dict[str, Any]:
     """What a checkpoint holds, as plain values; tensors by key with dtype, shape, bytes and number of pieces."""
     with Checkpoint(_one(path)) as source:
         m = source.manifest
+        optimizers = m.state.get("optimizers")
+        optimizers = optimizers if isinstance(optimizers, list) else []
         tensors = {
             key: {"dtype": NAMES[t.dtype], "shape": list(t.shape), "bytes": t.bytes, "pieces": len(t.pieces)}
             for key, t in m.tensors.items()
@@ -343,7 +345,7 @@ def inspect(path: PathLike) -> dict[str, Any]:
             "weights": sum(t.bytes for t in m.names("weights").values()),
             "tensors": tensors,
             "tied": dict(m.tied),
-            "optimizers": [o.get("class") for o in m.state.get("optimizers", []) if isinstance(o, dict)],
+            "optimizers": [o.get("class") if isinstance(o, dict) else None for o in optimizers],
             "seed": m.state.get("seed"),
             "steps_taken": m.state.get("steps_taken"),
             "data": plain.decode(m.state.get("data")),

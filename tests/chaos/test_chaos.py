@@ -1,0 +1,26 @@
+"""A part of each count; `python -m tests.chaos` runs them in full."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import damage, hostile, kills
+
+
+def test_damage_is_refused_with_the_file_named(tmp_path):
+    assert damage.run(tmp_path, 100).startswith("100 of 100 refused")
+
+
+def test_hostile_checkpoints_are_refused(tmp_path):
+    assert "no code run" in hostile.run(tmp_path, len(hostile.CASES) + 50)
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(1, 25), (4, 4)])
+def test_killed_runs_go_on(tmp_path, ranks, count):
+    assert "0 acknowledged steps lost" in kills.run(tmp_path, count, ranks=ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_hundred_kills(tmp_path, ranks):
+    assert "0 acknowledged steps lost" in kills.run(tmp_path, 100, seed=1, ranks=ranks)
