@@ -37,11 +37,11 @@ _MISSING = object()
 
 def key(default: Any, comment: str, **bounds: Any) -> Any:
     """A field: its default (or `...`: it must be given), what it means, and `low`, `high`, `positive`, `choices`."""
-    made = {"metadata": {"comment": comment, "required": default is ..., **bounds}}
+    made: dict[str, Any] = {"metadata": {"comment": comment, "required": default is ..., **bounds}}
     if default is ...:
-        return field(default=typing.cast(Any, None), **made)  # type: ignore[call-overload]
+        return field(default=typing.cast(Any, None), **made)
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), **made)  # type: ignore[call-overload]
+        return field(default_factory=lambda: type(default)(default), **made)
     return field(default=default, **made)
 
 
@@ -61,7 +61,9 @@ class Model:
 @dataclass
 class DataSource:
     path: str = key(..., "a file, a folder of files, or a pattern such as corpus/**/*.txt; for megatron the path without .bin")
-    format: str = key("text", "text (tokenized here), tokens (raw token ids) or megatron (.bin and .idx)", choices=("text", "tokens", "megatron"))
+    format: str = key(
+        "text", "text (tokenized here), tokens (raw token ids) or megatron (.bin and .idx)", choices=("text", "tokens", "megatron")
+    )
     dtype: str = key("uint16", "of raw token ids", choices=("uint8", "uint16", "uint32", "int32"))
     weight: float = key(1.0, "its part of the samples, against the other sources'", positive=True)
 
@@ -72,7 +74,9 @@ class Data:
     tokenizer: str = key("bytes", "bytes, or a Hugging Face tokenizer's folder")
     batch: int = key(8, "sequences in the global batch of a step", low=1)
     seq: int = key(128, "tokens in a sequence", low=1)
-    order: str = key("random", "random windows, shuffled (each window once an epoch) or sequential", choices=("random", "shuffled", "sequential"))
+    order: str = key(
+        "random", "random windows, shuffled (each window once an epoch) or sequential", choices=("random", "shuffled", "sequential")
+    )
     held_out: float = key(0.05, "the last part of each source, kept for evaluation (0: none)", low=0, high=0.5)
     fields: dict[str, Any] = key({}, "the model's arguments and what fills each: tokens, or next (one place further); {}: by their names")
 
@@ -167,7 +171,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE}", where=f"{path}:1:1")
         text = path.read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"can't read the config: {error}", where=f"{path}:1:1", hint="autoshard train --print-config writes one") from error
+        raise ConfigError(
+            f"can't read the config: {error}", where=f"{path}:1:1", hint="autoshard train --print-config writes one"
+        ) from error
     return parse(text, str(path), overrides)
 
 
@@ -427,7 +433,7 @@ def _lines(part: Any, depth: int) -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield f"{pad}{f.name}:  # {comment}"
             yield from _lines(value, depth + 1)
-        elif f.name == "sources" and f.metadata["required"] or (isinstance(value, list) and value and dataclasses.is_dataclass(value[0])):
+        elif (f.name == "sources" and f.metadata["required"]) or (isinstance(value, list) and value and dataclasses.is_dataclass(value[0])):
             yield f"{pad}{f.name}:  # {comment}"
             for item in value or [DataSource()]:
                 first, *rest = _lines(item, depth + 2)

@@ -47,7 +47,7 @@ def assemble(config: Config, progress: Progress) -> Trainer:
         model, where, kwargs=example, plan=parallel.plan, pins=parallel.pins, microbatches=parallel.microbatches, compile=parallel.compile,
         device=device,
     )  # fmt: skip
-    progress.console.print(plan_table(sharded.plan))
+    progress.console.print(plan_table(sharded.plan))  # type: ignore[arg-type]
     progress.say(f"{sum(len(s.tokens) for s in train):,} tokens to train on, {sum(len(s.tokens) for s in held):,} held out")
     return Trainer(sharded, config, training, held_out, machine.device, progress)
 

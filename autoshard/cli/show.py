@@ -269,14 +269,18 @@ def _short_spans(numbers: Sequence[int]) -> str:
 
 
 def _parameters(view: View, full: bool) -> RenderableType:
-    table = _table("parameters, as stored between steps", "parameter", "×", "whole", *view.axes, "a rank holds", right=["×", "a rank holds"])
+    table = _table(
+        "parameters, as stored between steps", "parameter", "×", "whole", *view.axes, "a rank holds", right=["×", "a rank holds"]
+    )
     for p in view.parameters if full else view.folded_parameters():
         table.add_row(p.path, str(p.count), p.tensor, *p.storage, bytes_text(p.bytes))
     return table
 
 
 def _runners(view: View) -> RenderableType:
-    table = _table("what else was looked at", "mesh", "microbatches", "step", "memory", "why it lost", right=["microbatches", "step", "memory"])
+    table = _table(
+        "what else was looked at", "mesh", "microbatches", "step", "memory", "why it lost", right=["microbatches", "step", "memory"]
+    )
     for r in view.plan.runners_up[:MAX_RUNNERS]:
         step, memory = r.get("step_seconds"), r.get("memory_bytes")
         table.add_row(

@@ -27,12 +27,16 @@ autoshard train --print-config > config.yaml
 
 
 def train(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file; --print-config shows what may stand in it.", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; --print-config shows what may stand in it.", show_default=False)
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override one key, as a.b=value; may be given again.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if there is one.")] = False,
     nproc: Annotated[int | None, typer.Option(min=1, max=1024, help="Start so many processes here; not under torchrun.")] = None,
     restarts: Annotated[int, typer.Option(min=0, help="With --nproc: how often to start all again when one dies.")] = 0,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the config with all defaults and comments, and exit.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the config with all defaults and comments, and exit.")
+    ] = False,
 ) -> None:
     """Train a plain model on all ranks, with the plan that is fastest for them.
 
@@ -75,7 +79,14 @@ def _start(config: Path, overrides: list[str], resume: bool, nproc: int, restart
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=f"autoshard{os.getpid()}",
         max_restarts=restarts, monitor_interval=0.1,
     )  # fmt: skip
-    command = ["-m", "autoshard", "train", str(config), *(part for o in overrides for part in ("--set", o)), *(["--resume"] if resume else [])]
+    command = [
+        "-m",
+        "autoshard",
+        "train",
+        str(config),
+        *(part for o in overrides for part in ("--set", o)),
+        *(["--resume"] if resume else []),
+    ]
     try:
         elastic_launch(launch, entrypoint=sys.executable)(*command)
     except ChildFailedError as error:

@@ -1,7 +1,7 @@
 """Batches of text to train on: sources of tokens, blended, in an order that a seed decides and a small dict remembers.
 
-In: `config.DataSource`s. Out: `Batches`, endless global batches {argument: int64[batch, seq]}, the same in every process. Which tokens a
-sample takes depends on (seed, source, how many samples of that source came before) alone, so the state is those counts, and resuming is exact.
+In: `config.DataSource`s. Out: `Batches`, endless global batches {argument: int64[batch, seq]}, the same in every process. Which tokens
+a sample takes depends on (seed, source, how many samples of that source came before) alone, so the state is those counts, and resuming is exact.
 
 >>> import numpy as np
 >>> batches = Batches([Stream("a", Array(np.arange(100)))], seq=4, batch=1, order="sequential", fields={"x": "tokens", "y": "next"})
@@ -116,13 +116,21 @@ def _size(path: Path) -> int:
 def _text(pattern: str, tokenizer: str) -> np.ndarray:
     """Tokens of the files that a path or pattern means, sorted by name."""
     path = Path(pattern)
-    found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+    found = (
+        sorted(path.rglob("*"))
+        if path.is_dir()
+        else [path]
+        if path.is_file()
+        else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+    )
     files = [p for p in found if p.is_file()]
     if not files:
         raise DataError(f"no file matches {pattern}", hint="give a file, a folder, or a pattern such as corpus/**/*.txt")
     total = sum(map(_size, files))
     if total > MAX_TEXT:
-        raise DataError(f"{pattern} holds {total} bytes of text; at most {MAX_TEXT} are tokenized in memory", hint="make a token file of it")
+        raise DataError(
+            f"{pattern} holds {total} bytes of text; at most {MAX_TEXT} are tokenized in memory", hint="make a token file of it"
+        )
     try:
         if tokenizer == "bytes":
             return np.frombuffer(b"".join(p.read_bytes() for p in files), np.uint8)
@@ -143,7 +151,9 @@ def _tokenizer(folder: str) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise ConfigError("a tokenizer's folder needs the package tokenizers, which isn't installed", hint="pip install tokenizers") from error
+        raise ConfigError(
+            "a tokenizer's folder needs the package tokenizers, which isn't installed", hint="pip install tokenizers"
+        ) from error
     try:
         made = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises bare Exception for whatever is wrong with a file
@@ -229,7 +239,9 @@ class Batches:
                 raise DataError(f"the checkpoint's data has {name} {state.get(name)}, but the config says {now[name]}", hint="set it back")
         sizes = [list(s) for s in state.get("sources", [])]
         if [s[1:] for s in sizes] != [s[1:] for s in now["sources"]]:
-            raise DataError(f"the checkpoint's data was {sizes}, but now it is {now['sources']}", hint="the same sources, in the same order")
+            raise DataError(
+                f"the checkpoint's data was {sizes}, but now it is {now['sources']}", hint="the same sources, in the same order"
+            )
         taken = state["taken"]
         if len(taken) != len(self.taken) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in taken):
             raise DataError(f"the checkpoint's data stood at {taken!r}, which can't be")

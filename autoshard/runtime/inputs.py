@@ -15,6 +15,7 @@ import torch
 
 from ..layout import Cut
 from ..lower.program import InputSlice, Program, RankInput, RankProgram, chain_positions
+from ..trace import primitives
 from ..trace.interpret import call
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ def draw_masks(ranks: Iterable[RankProgram], draws: Sequence[Draw] = ()) -> dict
     return masks
 
 
-def _mask(shape: tuple[int, ...], strides: tuple[int, ...], p: float, dtype: str) -> torch.Tensor:
-    mask = torch.empty_strided(shape, strides or _contiguous(shape), dtype=torch_dtype(dtype), device="cpu")
-    # torch draws nothing where the outcome is certain
-    return mask.fill_(1 - p) if p in (0, 1) else mask.bernoulli_(1 - p).div_(1 - p)
+def _mask(shape: tuple[int, ...], strides: tuple[int, ...], law: primitives.Law, dtype: str) -> torch.Tensor:
+    if law in (0, 1):  # torch draws nothing where the outcome is certain
+        return torch.full(shape, 1 - law, dtype=torch_dtype(dtype))  # type: ignore[operator]
+    return primitives.dropout_mask(shape, law, torch_dtype(dtype), 0, strides or _contiguous(shape))
 
 
 def torch_dtype(name: str | torch.dtype) -> torch.dtype:

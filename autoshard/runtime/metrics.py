@@ -96,7 +96,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "metrics.tensorboard needs the package tensorboard, which isn't installed", hint="pip install tensorboard, or metrics.tensorboard: null"
+                "metrics.tensorboard needs the package tensorboard, which isn't installed",
+                hint="pip install tensorboard, or metrics.tensorboard: null",
             ) from error
         self.writer: Any = SummaryWriter(folder)  # type: ignore[no-untyped-call]
 

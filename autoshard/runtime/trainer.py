@@ -99,10 +99,12 @@ class Trainer:
         """Resume from the newest whole checkpoint, or start anew (with `resume` too, where there is none). Raises CheckpointError,
         and ConfigError where starting anew would mix with the checkpoints of another run."""
         folder = self.config.checkpoints.folder
-        found = self.comm.share((str(checkpoint.newest(folder) or "") if folder and self.first else ""))
+        found = self.comm.share(str(checkpoint.newest(folder) or "") if folder and self.first else "")
         if not resume:
             if found:
-                raise self._once(ConfigError(f"{folder} has checkpoints already", hint="--resume goes on from them; or give another checkpoints.folder"))
+                raise self._once(
+                    ConfigError(f"{folder} has checkpoints already", hint="--resume goes on from them; or give another checkpoints.folder")
+                )
             return
         if not folder:
             raise self._once(ConfigError("there is nothing to resume from: checkpoints.folder isn't set"))
@@ -153,7 +155,7 @@ class Trainer:
         began = time.perf_counter()
         batch = self.comm.together(lambda: next(self.batches)) if self.step == 0 else next(self.batches)
         waited = time.perf_counter() - began
-        used = self.scheduler.get_last_lr()[-1]
+        used = float(self.scheduler.get_last_lr()[-1])
         loss = float(self.sharded.train_step(**batch))
         norm = float(self.sharded.clip_grad_norm_(self.config.optimizer.clip or math.inf))
         self.step += 1
