@@ -7,8 +7,10 @@ fails on one rank is raised on all of them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +29,8 @@ from .plan.cluster import Cluster, catalogue
 from .plan.plan import Plan, fingerprint
 from .plan.search import search
 from .runtime.comm import Comm
-from .runtime.module import Sharded
+from .runtime.module import NOTHING, Sharded
+from .runtime.trainable import Wanted
 from .trace.capture import capture
 from .trace.captured import Captured
 
@@ -84,12 +87,14 @@ class Rooms:
     microbatches: int | None
     exact_random: bool = False
     programs: list[Program] = field(default_factory=list)
+    left: weakref.ref[nn.Module] | None = None
 
     def __call__(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, like: Program | None
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, like: Program | None, wanted: Wanted = NOTHING
     ) -> tuple[Program, Captured]:
-        with contextlib.nullcontext() if training else _eval_mode(self.model):
-            captured = self.comm.together(lambda: capture(self.model, args, kwargs, self.loss, self.batch_dims))
+        model = self.whole
+        with contextlib.nullcontext() if training else _eval_mode(model):
+            captured = self.comm.together(lambda: wanted.kept_by(capture(model, args, kwargs, wanted.loss or self.loss, self.batch_dims)))
         for known in self.programs:
             # evaluation without dropout or batch statistics captures as training does
             if known.plan.graph == fingerprint(captured.graph):
@@ -101,6 +106,26 @@ class Rooms:
         self.programs.append(program)
         return program, captured
 
+    @property
+    def whole(self) -> nn.Module:
+        """The user's model while it lives, then its skeleton."""
+        return (self.left() if self.left else None) or self.model
+
+    def release(self) -> None:
+        """Keep a skeleton on meta instead of the model: who gave it and dropped it has its memory back. (Where something of the user's
+        still refers to the model, a loss that reads its head say, it lives, and that one is captured.)"""
+        model = self.model
+        tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values(), *_plain(m)) if t is not None]
+        memo: dict[int, Any] = {id(t): t for m in model.modules() for t in _plain(m)}
+        for t in tensors:
+            if id(t) not in memo:
+                memo[id(t)] = nn.Parameter(t.detach().to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().to("meta")
+        try:
+            self.left, self.model = weakref.ref(model), copy.deepcopy(model, memo)
+        except Exception as error:
+            self.left = None
+            log.info("the model can't be copied without its weights (%s); they stay in memory", error)
+
     def planned(self, captured: Captured, like: Program | None) -> Plan:
         if like is not None:
             return search(captured.graph, self.cluster, like.plan.mesh, self.microbatches, {**self.pins, **_same_storage(like)})
@@ -111,6 +136,11 @@ class Rooms:
         if self.degrees is not None and Mesh.of(dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True))) != self.degrees:
             raise MeshError(f"the plan is for the mesh {plan.mesh}, but {self.degrees} was given", hint="give the plan's mesh, or no plan")
         return plan
+
+
+def _plain(module: nn.Module) -> list[Tensor]:
+    """Tensors that are attributes without being parameters or buffers: constants of the graph."""
+    return [value for value in vars(module).values() if isinstance(value, Tensor)]
 
 
 def _same_storage(program: Program) -> dict[str, Any]:

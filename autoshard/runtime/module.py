@@ -18,23 +18,32 @@ from ..errors import CaptureError
 from ..lower.program import Program, Slot, bind
 from .comm import Comm
 from .executor import Step
+from .generate import generate
 from .inputs import torch_dtype
 from .requests import Request
-from .trainable import Loaded, Trainable, Weights
+from .trainable import Loaded, Trainable, Wanted, Weights
 
 if TYPE_CHECKING:
     from ..trace.captured import Captured
 
 log = logging.getLogger("autoshard")
 Key = tuple[Any, ...]
+NOTHING = Wanted()
 
 
 class Source(Protocol):
     """Makes a program for a batch, on all ranks at once. `like`: a program whose weights must stay where they are."""
 
     def __call__(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, like: Program | None
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, like: Program | None, wanted: Wanted = NOTHING
     ) -> tuple[Program, Captured]: ...
+
+    @property
+    def whole(self) -> nn.Module:
+        """The model to capture."""
+
+    def release(self) -> None:
+        """The weights are taken: what is the model's own may go."""
 
 
 class Sharded(Trainable):
@@ -66,6 +75,8 @@ class Sharded(Trainable):
         self._agree_on_weights()
         super().__init__(program, self.weights, captured, ranks=[self.comm.rank], device=self.comm.device)
         self.weights = {}
+        if self.source is not None:
+            self.source.release()
 
     def __getattr__(self, name: str) -> Any:
         # only what __init__ has not set comes here
@@ -88,35 +99,45 @@ class Sharded(Trainable):
 
     # ---- programs for batches ---------------------------------------------------------------------------------------
 
-    def _for_training(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loaded:
+    def _for_training(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Wanted) -> Loaded:
         if self.source is None:
-            return self.training
-        key = ("train", *_key(args, kwargs))
+            return super()._for_training(args, kwargs, wanted)
+        key = ("train", *_key(args, kwargs), wanted.key)
         if key not in self.known:
             if "training" not in self.__dict__:
-                self.begin(*self.source(args, kwargs, training=True, like=None))
+                self.begin(*self.source(args, kwargs, training=True, like=None, wanted=wanted))
                 self.known[key] = self.training
-            elif _fits(self.training, args, kwargs):
+            elif not wanted and not self.program.kept and _fits(self.training, args, kwargs):
                 self.known[key] = self.training
             else:
-                self.known[key] = self._another(args, kwargs, training=True)
+                self.known[key] = self._another(args, kwargs, wanted, training=True)
         return self.known[key]
 
-    def _for_evaluation(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loaded:
+    def _for_evaluation(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Wanted) -> Loaded:
         if self.source is None:
-            return super()._for_evaluation(args, kwargs)
-        key = ("eval", *_key(args, kwargs))
+            return super()._for_evaluation(args, kwargs, wanted)
+        key = ("eval", *_key(args, kwargs), wanted.key)
         if key not in self.known:
-            self.known[key] = self._another(args, kwargs, training=False)
+            self.known[key] = self._another(args, kwargs, wanted, training=False)
         return self.known[key]
 
-    def _another(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Loaded:
+    def _another(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Wanted, training: bool) -> Loaded:
         assert self.source is not None
-        what = "a new input shape" if training else "eval mode"
+        what = "other outputs" if wanted else "a new input shape" if training else "eval mode"
         log.info("%s: capturing and lowering again (%d programs so far)", what, len(self.known) + 1)
-        program, captured = self.source(args, kwargs, training=training, like=self.program)
+        program, captured = self.source(args, kwargs, training=training, like=self.program, wanted=wanted)
         self.groups = self.comm.prepare(program)
         return self.comm.together(lambda: self._load(program, captured))
+
+    def signature(self) -> Callable[..., Any]:
+        """The model's forward, for the names of its arguments."""
+        if self.source is None:
+            raise CaptureError("this program can't be captured again for other arguments", hint="make it with parallelize")
+        return self.source.whole.forward
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None = None, **others: Any) -> Tensor:
+        """Continue rows of tokens greedily (a collective call; see `generate.generate`)."""
+        return generate(self, input_ids, max_new_tokens, eos_token_id, others)
 
     # ---- how this rank runs and talks -------------------------------------------------------------------------------
 

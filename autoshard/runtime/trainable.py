@@ -7,6 +7,7 @@ In: a Program and the whole model's weights. `Trainable` keeps the `State` of th
 from __future__ import annotations
 
 import os
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor, fx, nn
 
 from ..errors import BatchError, CaptureError, StateError
 from ..lower.program import Program, RankProgram, Slot
+from ..trace.captured import unknown
+from .deferred import is_deferred, materialise
 from .executor import Executor, State, Step
 from .inputs import StepInputs, draw_masks, torch_dtype
 from .optimizer import ShardedOptimizer
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from .checkpoint import Restored
 
 Weights = Mapping[str, Tensor]
+Outputs = Sequence[str] | bool
 
 
 @dataclass
@@ -48,6 +52,36 @@ class Loaded:
         if set(given) != set(inputs):
             raise BatchError(f"the arguments are {sorted(given)}, expected {sorted(inputs)}")
         return {inputs[path]: tensor for path, tensor in given.items()}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a step hands out besides its loss: `outputs` of the model or `activations` inside it (the names of Captured's methods).
+    `loss` stands in for the model's own where given."""
+
+    kind: str = "outputs"
+    names: Outputs = ()
+    loss: Callable[[Any], Tensor] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.kind, self.names if isinstance(self.names, bool) else tuple(self.names), self.loss)
+
+    def kept_by(self, captured: Captured) -> Captured:
+        """With a graph that hands them out. Raises BatchError."""
+        found: dict[str, str] = getattr(captured, self.kind)(self.names) if self else {}
+        return captured.keeping(found)
+
+    def check(self, loaded: Loaded) -> Loaded:
+        """A program as it stands has to hand them out. Raises BatchError."""
+        known = list(loaded.program.kept)
+        for name in () if isinstance(self.names, bool) else self.names:
+            if name not in known:
+                raise unknown("output that this program keeps", name, known)
+        return loaded
 
 
 class Trainable(ABC):
@@ -73,23 +107,34 @@ class Trainable(ABC):
         persistent = set(weights.state_dict()) if isinstance(weights, nn.Module) else set(whole) | set(self.owner)
         self.names = [name for name in (*whole, *self.owner) if name in persistent]
         self.names = list(dict.fromkeys(self.names))
-        self.unused = {name: t.detach().clone() for name, t in whole.items() if name not in self.owner}
+        self.unused: dict[str, Tensor] = {}
         """What the model holds and the graph never reads."""
-        self.states = [self._state(program.ranks[r], whole) for r in ranks]
+        self.states = self._take([program.ranks[r] for r in ranks], weights, whole)
         self.training = self._load(program, captured)
         self.evaluation = None if evaluation is None else self._load(evaluation, captured)
 
-    def _state(self, rank: RankProgram, whole: Weights) -> State:
-        def shard(slot: Slot) -> Tensor:
-            if slot.path not in whole:
-                raise StateError(f"no weights for {slot.path}", hint="give the model, or all of its tensors by name")
-            t = whole[slot.path].detach()
-            if tuple(t.shape) != slot.tensor.shape or t.dtype != torch_dtype(slot.tensor.dtype):
-                raise StateError(f"{slot.path} is {t.dtype} {tuple(t.shape)}, but the program stores {slot.tensor}")
-            return slot.take(t).to(self.device, copy=True)
-
-        params = {path: nn.Parameter(shard(slot), requires_grad=slot.trainable) for path, slot in rank.params.items()}
-        return State(rank.rank, params, {path: shard(slot) for path, slot in rank.buffers.items()})
+    def _take(self, ranks: Sequence[RankProgram], weights: nn.Module | Weights, whole: Weights) -> list[State]:
+        """The ranks' shards, tensor by tensor: of a deferred model, no more than one whole tensor exists at a time."""
+        wanted: dict[str, list[tuple[dict[str, Tensor], Slot]]] = {}
+        found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        for rank in ranks:
+            found.append(({}, {}))
+            for shards, slots in zip(found[-1], (rank.params, rank.buffers), strict=True):
+                for path, slot in slots.items():
+                    if path not in whole:
+                        raise StateError(f"no weights for {path}", hint="give the model, or all of its tensors by name")
+                    _check_fits(whole[path], slot)
+                    wanted.setdefault(path, []).append((shards, slot))
+        for name, tensor in materialise(weights) if isinstance(weights, nn.Module) and is_deferred(weights) else whole.items():
+            for shards, slot in wanted.get(name, ()):
+                shards[name] = _shard(tensor.detach(), slot, self.device)
+            if name not in self.owner:
+                self.unused[name] = tensor.detach().clone()
+        states = []
+        for rank, (params, buffers) in zip(ranks, found, strict=True):
+            made = {path: nn.Parameter(params[path], requires_grad=slot.trainable) for path, slot in rank.params.items()}
+            states.append(State(rank.rank, made, {path: buffers[path] for path in rank.buffers}))
+        return states
 
     def _load(self, program: Program, captured: Captured | None) -> Loaded:
         """Make a program ready to run on these weights. Raises StateError if it stores them otherwise."""
@@ -132,32 +177,46 @@ class Trainable(ABC):
         """Start the stream of dropout seeds anew: the next step uses `seed`, the one after `seed + 1`."""
         self.seed, self.steps_taken = seed, 0
 
-    def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of a global batch. The loss, the same on all ranks; gradients are added to `.grad` of the shards."""
-        loaded = self._for_training(args, kwargs)
+    def train_step(self, *args: Any, outputs: Outputs = (), **kwargs: Any) -> Any:
+        """Forward and backward of a global batch. The loss, the same on all ranks; gradients are added to `.grad` of the shards.
+
+        `outputs`: names of the model's further outputs (True: all); then (loss, {name: whole tensor}), as of the global batch.
+        """
+        loaded = self._for_training(args, kwargs, Wanted("outputs", outputs))
         batch = loaded.flatten(args, kwargs)
         masks = draw_masks(loaded.program.ranks, loaded.captured.draws if loaded.captured else ())
         inputs = StepInputs(batch, self.seed + self.steps_taken, masks)
         self.steps_taken += 1
-        return self._losses([Step(x, s, inputs) for x, s in zip(loaded.executors, self.states, strict=True)])
+        return self._results([Step(x, s, inputs) for x, s in zip(loaded.executors, self.states, strict=True)], bool(outputs))
 
-    def eval_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of a global batch in eval mode, without gradients and without buffer updates."""
-        loaded = self._for_evaluation(args, kwargs)
+    def eval_step(self, *args: Any, outputs: Outputs = (), **kwargs: Any) -> Any:
+        """The loss of a global batch in eval mode, without gradients and without buffer updates; with `outputs` as `train_step`."""
+        return self._evaluate(args, kwargs, Wanted("outputs", outputs))
+
+    def activations(self, names: str | Sequence[str], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Whole tensors inside the model on a global batch, in eval mode (a collective call). `names`: paths of modules, whose output
+        is taken (the last value that they hand on), or names of the graph's values; patterns too ("layers.*.mlp")."""
+        wanted = Wanted("activations", (names,) if isinstance(names, str) else tuple(names))
+        return dict(self._evaluate(args, kwargs, wanted)[1])
+
+    def _evaluate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Wanted) -> Any:
+        loaded = self._for_evaluation(args, kwargs, wanted)
         inputs = StepInputs(loaded.flatten(args, kwargs))
-        return self._losses([Step(x, s, inputs, train=False) for x, s in zip(loaded.executors, self.states, strict=True)])
+        steps = [Step(x, s, inputs, train=False) for x, s in zip(loaded.executors, self.states, strict=True)]
+        return self._results(steps, bool(wanted))
 
-    def _for_training(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loaded:
-        return self.training
+    def _for_training(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Wanted) -> Loaded:
+        return wanted.check(self.training)
 
-    def _for_evaluation(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loaded:
+    def _for_evaluation(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Wanted) -> Loaded:
         if self.evaluation is None:
             self._check_evaluable()
-        return self.evaluation or self.training
+        return wanted.check(self.evaluation or self.training)
 
-    def _losses(self, steps: list[Step]) -> Tensor:
+    def _results(self, steps: list[Step], outputs: bool) -> Any:
         with torch.no_grad():
-            return self._play(steps)[0]
+            loss = self._play(steps)[0]
+        return (loss, dict(steps[0].kept)) if outputs else loss
 
     def _check_evaluable(self) -> None:
         """The training graph serves evaluation unless it says something that eval mode doesn't."""
@@ -171,9 +230,15 @@ class Trainable(ABC):
 
     # ---- whole tensors ----------------------------------------------------------------------------------------------
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients by the model's names (a collective call). Parameters that no rank has a gradient for are left out."""
+    def gradients(self, names: str | Sequence[str] = "*") -> dict[str, Tensor]:
+        """Whole gradients by the model's names (a collective call), of those that match a pattern. Parameters that no rank has a
+        gradient for are left out."""
+        patterns = (names,) if isinstance(names, str) else tuple(names)
         paths = [v.path for v in self.program.graph.sources("param") if v.path in self.holders["params"]]
+        for pattern in patterns:
+            if pattern != "*" and not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+                raise unknown("parameter", pattern, paths)
+        paths = [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
         has = torch.zeros(len(paths), dtype=torch.int32, device=self.device)
         for state in self.states:
             for i, path in enumerate(paths):
@@ -305,6 +370,22 @@ def _holders(program: Program, kind: str) -> dict[str, list[int]]:
             cut = tuple(c for t, c in zip(slot.layout, slot.coords, strict=True) if t.kind == "S")
             found.setdefault(path, {}).setdefault(cut, rank.rank)
     return {path: list(parts.values()) for path, parts in found.items()}
+
+
+def _check_fits(whole: Tensor, slot: Slot) -> None:
+    if tuple(whole.shape) != slot.tensor.shape or whole.dtype != torch_dtype(slot.tensor.dtype):
+        raise StateError(f"{slot.path} is {whole.dtype} {tuple(whole.shape)}, but the program stores {slot.tensor}")
+
+
+def _shard(whole: Tensor, slot: Slot, device: torch.device) -> Tensor:
+    """What `slot.take` takes, as a tensor of its own, made in one copy."""
+    cut = whole
+    for d, held in enumerate(slot.positions()):
+        if held is not None:
+            near = len(held) > 0 and int(held[-1]) - int(held[0]) == len(held) - 1
+            cut = cut.narrow(d, int(held[0]), len(held)) if near else cut.index_select(d, torch.from_numpy(held).to(cut.device))
+    own = cut.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+    return cut if own and cut.device == device and cut.is_contiguous() else cut.to(device, copy=True).contiguous()
 
 
 def _same_place(a: Slot | None, b: Slot | None) -> bool:

@@ -134,8 +134,13 @@ class Captured:
             return dict(known) if names else {}
         for name in names:
             if name not in known:
-                raise _unknown("output", name, list(known))
+                raise unknown("output", name, list(known))
         return {name: known[name] for name in names}
+
+    def logits(self, names: bool) -> dict[str, str]:
+        """The output called logits, or the only one."""
+        known = self.graph.outputs
+        return {"logits": known.get("logits") or known["output"]} if names else {}
 
     def activations(self, patterns: Sequence[str]) -> dict[str, str]:
         """Label → value of what modules (by path or pattern; what a module hands on) and ops (by value name) compute. Raises BatchError."""
@@ -144,7 +149,7 @@ class Captured:
         for pattern in patterns:
             hits = [n for n in modules if fnmatch.fnmatchcase(n, pattern)] or [n for n in made if fnmatch.fnmatchcase(n, pattern)]
             if not hits:
-                raise _unknown("module or value", pattern, [*modules, *made])
+                raise unknown("module or value", pattern, [*modules, *made])
             found |= {n: modules.get(n) or made[n] for n in hits}
         return found
 
@@ -176,7 +181,7 @@ def _fresh(base: str, taken: Mapping[str, Any]) -> str:
     return next(name for name in (base, *(f"{base}_{i}" for i in itertools.count(1))) if name not in taken)
 
 
-def _unknown(what: str, name: str, known: Sequence[str]) -> BatchError:
+def unknown(what: str, name: str, known: Sequence[str]) -> BatchError:
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or list(known)[:5]
     return BatchError(f"the model has no {what} {name!r}", hint=f"near to it: {', '.join(near)}" if near else "it has none at all")
 
