@@ -4,20 +4,26 @@
     python examples/train.py --plain                               the same run on one process, without autoshard
 
 Prints the plan, the falling loss, the held-out loss in nats a byte, and the largest difference of the loss from the same
-run on one process over its first steps.
+run on one process over its first steps. Saves checkpoints; `--resume` goes on from the newest, on any number of processes. Ends by
+writing the model as a Hugging Face GPT-2, if transformers is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
+import json
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from data import batches, standard_library
+from export import difference, to_hugging_face
 from gpt import GPT, Config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,6 +41,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=60, help="steps over which the learning rate rises")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="one process, without autoshard")
+    parser.add_argument("--checkpoints", type=Path, default=Path("out/train"), help="folder of the checkpoints")
+    parser.add_argument("--every", type=int, default=160, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--compared", type=int, default=COMPARED, help="first steps that are run on one process too")
+    parser.add_argument("--losses", type=Path, help="write the losses here, as JSON")
     return parser.parse_args()
 
 
@@ -69,7 +80,7 @@ def build(args: argparse.Namespace) -> GPT:
 
 
 def train(trainer: Any, text: Tensor, args: argparse.Namespace, steps: int) -> Iterator[float]:
-    """Yield each step's loss: AdamW, warm-up then a cosine to a tenth, gradients clipped to norm 1."""
+    """Yield each step's loss: AdamW, warm-up then a cosine to a tenth, gradients clipped to norm 1. A plain run has no checkpoints."""
     optimizer = trainer.optimizer(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
 
     def rate(step: int) -> float:
@@ -78,12 +89,16 @@ def train(trainer: Any, text: Tensor, args: argparse.Namespace, steps: int) -> I
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     drawn = batches(text, batch=args.batch, seq=Config.seq, seed=args.seed + 1)
-    for _ in range(steps):
-        loss = trainer.train_step(**next(drawn))
+    saves = not isinstance(trainer, Plain)
+    start = trainer.load(args.checkpoints, scheduler=schedule).step if saves and args.resume else 0
+    for step, batch in itertools.islice(enumerate(drawn, 1), start, steps):
+        loss = trainer.train_step(**batch)
         trainer.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        if saves and (step % args.every == 0 or step == steps):
+            trainer.save(args.checkpoints, step=step, scheduler=schedule, keep=2)
         yield float(loss)
 
 
@@ -113,9 +128,9 @@ def watch(losses: Iterator[float], steps: int, console: Console, title: str, eve
 def reference(text: Tensor, args: argparse.Namespace, console: Console) -> list[float]:
     """The first losses of the same run on one process, by rank 0 while the others wait."""
     losses: list[float] = []
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and not args.resume:
         torch.set_num_threads(os.cpu_count() or 1)
-        steps = min(COMPARED, args.steps)
+        steps = min(args.compared, args.steps)
         losses = watch(train(Plain(build(args)), text, args, steps), steps, console, "one process")
     dist.barrier()
     return losses
@@ -134,8 +149,9 @@ def main() -> None:
     else:
         import autoshard
         from autoshard.report import plan_table
+        from autoshard.runtime.comm import join
 
-        dist.init_process_group("gloo")
+        join("gloo")
         console = Console(highlight=False, quiet=dist.get_rank() != 0)
         expected = reference(text, args, console)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
@@ -144,12 +160,27 @@ def main() -> None:
         console.print(plan_table(trainer.plan))
     console.print(f"{len(text):,} bytes to train on, {len(held_out):,} held out")
     losses = watch(train(trainer, text, args, args.steps), args.steps, console, "training")
-    console.print(f"held-out loss: {held_out_loss(trainer, held_out, args):.4f} nats a byte")
+    evaluated = held_out_loss(trainer, held_out, args)
+    console.print(f"held-out loss: {evaluated:.4f} nats a byte")
     if expected:
         worst = max(abs(a - b) for a, b in zip(losses, expected, strict=False))
         console.print(f"largest difference of the loss from one process, first {len(expected)} steps: {worst:.2e}")
+    if args.losses and not console.quiet:
+        args.losses.write_text(json.dumps({"losses": losses, "held_out": evaluated}))
     if not alone:
+        export(trainer, held_out, args, console)
         dist.destroy_process_group()
+
+
+def export(trainer: Any, text: Tensor, args: argparse.Namespace, console: Console) -> None:
+    """Write the trained model for `transformers`, and say how far its logits are from the plain model's."""
+    weights = trainer.state_dict()  # by all ranks together
+    if dist.get_rank() == 0 and importlib.util.find_spec("transformers"):
+        folder = args.checkpoints / "hugging-face"
+        to_hugging_face(weights, Config(), folder)
+        tokens = next(batches(text, batch=2, seq=Config.seq, seed=args.seed))["tokens"]
+        worst = difference(weights, Config(), folder, tokens)
+        console.print(f"written to {folder}; largest difference of a logit after transformers has loaded it: {worst:.2e}")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -19,7 +21,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Any:
     import train
 
     yield train
-    for name in ("train", "gpt", "data"):
+    for name in ("train", "gpt", "data", "export"):
         sys.modules.pop(name, None)
 
 
@@ -47,3 +49,18 @@ def test_the_loss_falls(train: Any) -> None:
     losses = list(itertools.islice(train.train(trainer, text, args, args.steps), args.steps))
     assert losses[-1] < losses[0] - 0.5
     assert train.held_out_loss(trainer, held_out, args, rounds=1) < losses[0]
+
+
+def test_the_gpt_is_a_gpt2_to_transformers(train: Any, tmp_path: Path) -> None:
+    import export
+    import gpt
+
+    config = gpt.Config(layers=2, hidden=32, seq=16)
+    weights = {name: torch.randn_like(tensor) for name, tensor in gpt.GPT(config).state_dict().items()}
+    export.to_hugging_face(weights, config, tmp_path)
+    assert export.difference(weights, config, tmp_path, torch.randint(256, (2, 16))) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_elsewhere() -> None:
+    assert subprocess.run([sys.executable, str(EXAMPLES / "interrupted.py"), "--steps", "12"], timeout=290).returncode == 0
