@@ -80,23 +80,30 @@ def load_strict(
     those that leave data to go on with are put there instead, so that a reader can tell of its own in the same breath."""
     collected, faults = faults is not None, faults or Faults(filename, error)
     if len(text) > MAX_BYTES:
-        faults.add(filename, f"{len(text)} characters; at most {MAX_BYTES} are read")
+        faults.add(f"{filename}:1:1", f"{len(text)} characters; at most {MAX_BYTES} are read")
         faults.raise_any()
     builder, broken = _Builder(Marks(filename), faults), True
     try:
         broken = not all(builder.take(event) for event in yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as problem:
-        faults.add(_where(problem, filename), str(getattr(problem, "problem", None) or getattr(problem, "reason", None) or problem))
+        faults.add(_where(problem, filename, text), str(getattr(problem, "problem", None) or getattr(problem, "reason", None) or problem))
     except (ValueError, OverflowError) as problem:  # PyYAML lets bad escapes such as "\UFFFFFFFF" through to chr()
-        faults.add(filename, str(problem))
+        bad = re.search(r"\\U(?!000|0010)", text)
+        faults.add(_place(filename, text, bad.start() if bad else 0), str(problem))
     if broken or not collected:
         faults.raise_any()
     return builder.root, builder.marks
 
 
-def _where(problem: yaml.YAMLError, filename: str) -> str:
+def _where(problem: yaml.YAMLError, filename: str, text: str) -> str:
     mark = getattr(problem, "problem_mark", None)
-    return f"{filename}:{mark.line + 1}:{mark.column + 1}" if mark is not None else filename
+    return f"{filename}:{mark.line + 1}:{mark.column + 1}" if mark is not None else _place(filename, text, getattr(problem, "position", 0))
+
+
+def _place(filename: str, text: str, position: int) -> str:
+    """Where a character stands."""
+    before = text[:position]
+    return f"{filename}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
 
 
 def _at(event: yaml.Event) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Batches of text to train on: sources of tokens, blended, in an order that a seed decides and a small dict remembers.
 
 In: `config.DataSource`s. Out: `Batches`, endless global batches {argument: int64[batch, seq]}, the same in every process. Which tokens
-a sample takes depends on (seed, source, how many samples of that source came before) alone, so the state is those counts, and resuming is exact.
+a sample takes depends on (seed, source, how many samples of that source came before) alone: the state is those counts, resuming is exact.
 
 >>> import numpy as np
 >>> batches = Batches([Stream("a", Array(np.arange(100)))], seq=4, batch=1, order="sequential", fields={"x": "tokens", "y": "next"})

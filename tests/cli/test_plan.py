@@ -1,0 +1,100 @@
+"""`autoshard plan`: from a file's function, a Hugging Face config, a saved graph; what it prints and writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoshard.cli import run
+from autoshard.models import find, presets
+from autoshard.plan.plan import Plan
+
+GPT = str(Path(__file__).parents[2] / "examples" / "gpt.py") + ":build"
+SIZE = ["--batch", "8", "--seq", "16"]
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graph") / "gpt.json"
+    find(GPT, {"layers": 2, "hidden": 32}).capture(8, 16).graph.save(path)
+    return path
+
+
+def test_a_saved_graph_is_planned_without_torch(graph: Path) -> None:
+    code = f"""
+import sys
+from autoshard.cli import run
+assert run(["plan", {str(graph)!r}, "-c", "h100x4", "--mesh", "dp=2 tp=2"]) == 0
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    for text in ("dp=2", "blocks.*.mlp", "blocks.*.attention.qkv.weight", "what else was looked at", "slower (+", "of a rank's"):
+        assert text in found.stdout, text
+
+
+def test_json(graph: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(graph), "-c", "cpux2", "--mesh", "tp=2", "--microbatches", "1", "--json"]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert data["mesh"]["tp"] == 2 and data["microbatches"] == 1 and data["fits"]
+    assert sum(len(b["blocks"]) for b in data["blocks"]) >= 4
+    qkv = next(p for p in data["parameters"] if p["path"] == "blocks.*.attention.qkv.weight")
+    assert qkv["count"] == 2 and qkv["storage"]["tp"].startswith("S(")
+
+
+def test_from_a_function_with_everything_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan, graph = tmp_path / "plan.yaml", tmp_path / "graph.json"
+    arguments = ["plan", GPT, "-c", "cpux2", *SIZE, "--mesh", "dp=2", "--save", str(plan), "--save-graph", str(graph), "--lower-rank", "1"]
+    assert run([*arguments, "--pin", "zero=false"]) == 0
+    out = capfd.readouterr().out
+    assert "# rank 1 of" in out and "def m0_forward" in out
+    saved = Plan.load(plan)
+    assert saved.mesh.ranks == 2 and all(layout[0].kind == "I" for layout in saved.storage.values())
+    assert run(["plan", str(graph), "-c", "cpux2", "--mesh", "dp=2", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["graph"] == saved.graph
+
+
+def test_a_config_of_hugging_face(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 64, "torch_dtype": "bfloat16"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(["plan", str(tmp_path), "-c", "h100x2", *SIZE, "--mesh", "tp=2", "--json"]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert any(p["path"] == "model.layers.*.self_attn.q_proj.weight" and "bfloat16" in p["tensor"] for p in data["parameters"])
+
+
+def test_presets_are_what_they_are_called() -> None:
+    assert presets() == ["deepseek-v3", "llama3-405b", "llama3-70b", "llama3-8b", "mixtral-8x7b"]
+    config = json.loads(find("llama3-8b").path.read_text())
+    h, f, v, layers = config["hidden_size"], config["intermediate_size"], config["vocab_size"], config["num_hidden_layers"]
+    count = 2 * v * h + h + layers * (2 * h * h + 2 * h * h // 4 + 3 * h * f + 2 * h)
+    assert count == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["nonsense", "-c", "h100x8"], 3, "no model 'nonsense'"),
+        (["GRAPH", "-c", "h900x8"], 3, "no cluster"),
+        (["GRAPH", "-c", "h100x2", "--mesh", "dp=two"], 3, "is not a mesh"),
+        (["GRAPH", "-c", "h100x2", "--memory", "much"], 3, "is not an amount of memory"),
+        (["GRAPH", "-c", "h100x2", "--memory", "1kB"], 4, "no plan fits"),
+        (["GRAPH", "-c", "h100x2", "--pin", "zoro=1"], 3, "unknown pin 'zoro'"),
+        (["GRAPH", "-c", "h100x2", "--pin", "cuts=x"], 3, "expected a list of whole numbers"),
+        (["GRAPH", "-c", "h100x2", "--lower-rank", "0"], 3, "can't be lowered"),
+        (["GRAPH", "-c", "h100x1", "--save", "/nowhere/plan.yaml"], 3, "can't write /nowhere/plan.yaml"),
+        ([GPT, "-c", "h100x2"], 2, "--batch"),
+        ([GPT + "x", "-c", "h100x2", *SIZE], 3, "has no function 'buildx'"),
+        ([GPT.removesuffix(":build"), "-c", "h100x2", *SIZE], 3, "names no function"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(
+    graph: Path, arguments: list[str], code: int, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["plan", *(str(graph) if a == "GRAPH" else a for a in arguments)]) == code
+    assert says in capfd.readouterr().err
