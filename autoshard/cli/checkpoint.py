@@ -72,11 +72,7 @@ def convert(
     config: Annotated[Path | None, typer.Option(help="The model's Hugging Face config.json, copied beside the weights.")] = None,
 ) -> None:
     """Write a checkpoint's weights as Hugging Face reads them: safetensors files with an index, and the config."""
-    from ..errors import ConfigError
+    from ..runtime.huggingface import export
 
-    try:
-        from ..runtime.huggingface import export
-    except ImportError as error:
-        raise ConfigError("this installation can't convert to Hugging Face", hint="pip install 'autoshard[hf]'") from error
     export(path, folder, config=config)
     typer.echo(f"wrote {folder}")

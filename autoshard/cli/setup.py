@@ -11,12 +11,13 @@ from torch import nn
 from .. import models
 from ..api import choose_device, parallelize, this_machine
 from ..config import Config
-from ..errors import ConfigError
 from ..mesh import Mesh
 from ..plan.cluster import Cluster
 from ..report import plan_table
 from ..runtime.comm import Comm
 from ..runtime.data import Batches, Stream, open_sources, split
+from ..runtime.deferred import deferred
+from ..runtime.huggingface import load_pretrained
 from ..runtime.trainer import Trainer
 from .progress import Progress
 
@@ -47,6 +48,8 @@ def assemble(config: Config, progress: Progress) -> Trainer:
         model, where, kwargs=example, plan=parallel.plan, pins=parallel.pins, microbatches=parallel.microbatches, compile=parallel.compile,
         device=device,
     )  # fmt: skip
+    if config.model.pretrained is not None:
+        load_pretrained(config.model.pretrained, sharded)
     progress.console.print(plan_table(sharded.plan))  # type: ignore[arg-type]
     progress.say(f"{sum(len(s.tokens) for s in train):,} tokens to train on, {sum(len(s.tokens) for s in held):,} held out")
     return Trainer(sharded, config, training, held_out, machine.device, progress)
@@ -71,22 +74,8 @@ def _streams(config: Config) -> tuple[list[Stream], list[Stream]]:
 
 def _model(config: Config, source: models.Source) -> nn.Module:
     settings, data = config.model, config.data
-    if settings.pretrained is not None:
-        return _pretrained(settings.pretrained)
     make = source.maker(batch=data.batch, seq=data.seq, dtype=settings.dtype)
-    if not settings.deferred:
-        return make()
-    from ..runtime.deferred import deferred
-
-    return deferred(make)
-
-
-def _pretrained(folder: str) -> nn.Module:
-    try:
-        from ..runtime.huggingface import load_pretrained
-    except ImportError as error:
-        raise ConfigError("this build can't read Hugging Face weights") from error
-    return load_pretrained(folder)
+    return deferred(make) if settings.deferred else make()
 
 
 def _fields(config: Config, model: nn.Module) -> dict[str, str]:

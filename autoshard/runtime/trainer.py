@@ -153,7 +153,7 @@ class Trainer:
     def _train_step(self, meter: Meter, summary: Summary) -> tuple[float, float]:
         """One step. The gradient's norm, and the learning rate."""
         began = time.perf_counter()
-        batch = self.comm.together(lambda: next(self.batches)) if self.step == 0 else next(self.batches)
+        batch: dict[str, Any] = self.comm.together(lambda: next(self.batches)) if self.step == 0 else next(self.batches)
         waited = time.perf_counter() - began
         used = float(self.scheduler.get_last_lr()[-1])
         loss = float(self.sharded.train_step(**batch))
@@ -206,7 +206,11 @@ class Trainer:
             return None
         self.held_out.taken = [0] * len(self.held_out.streams)
         count = self.config.evaluation.batches
-        loss = sum(float(self.sharded.eval_step(**next(self.held_out))) for _ in range(count)) / count
+        total = 0.0
+        for _ in range(count):
+            batch: dict[str, Any] = next(self.held_out)
+            total += float(self.sharded.eval_step(**batch))
+        loss = total / count
         for sink in sinks:
             sink.write(self.step, {"validation_metrics/loss": loss})
         self.watcher.metrics(self.step, {"validation_metrics/loss": loss})
