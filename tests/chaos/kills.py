@@ -99,7 +99,7 @@ def fork(ranks: int, folder: Path, log: int) -> list[int]:
                 dist.destroy_process_group()
             code = 0
         except BaseException:
-            traceback.print_exc()
+            (folder / f"failed-{rank}.txt").write_text(traceback.format_exc())
         finally:
             os._exit(code)
     return children
@@ -115,25 +115,26 @@ class Figures:
 
     def __str__(self) -> str:
         return (
-            f"{self.kills} kills ({self.while_saving} while saving) in {self.runs} runs of {STEPS} steps: {self.resumed} starts from a checkpoint, "
-            f"each at the first attempt; {self.lost} acknowledged steps lost; all losses the unbroken run's"
+            f"{self.kills} kills ({self.while_saving} while saving) in {self.runs} runs of {STEPS} steps: "
+            f"{self.resumed} starts from a checkpoint, each at the first attempt; "
+            f"{self.lost} acknowledged steps lost; all losses the unbroken run's"
         )
 
 
 def run(folder: Path, count: int, seed: int = 0, ranks: int = 1) -> str:
     """Raises AssertionError at the first life that goes wrong. A line of figures."""
     expected, figures, draw = unbroken(ranks), Figures(), random.Random(seed)
-    last = 0.05 if ranks == 1 else 0.5
+    (folder / "measured").mkdir(parents=True)
+    _, lines, last = one_life(folder / "measured", 60.0, ranks, draw)  # how long an undisturbed life takes
+    assert lines[-1] == "end"
     while figures.kills < count:
         figures.runs += 1
         here = folder / f"run{figures.runs}"
         here.mkdir()
         acknowledged, ended = 0, False
         while not ended:
-            killed, lines, elapsed = one_life(here, draw.uniform(0, 1.5 * last) if figures.kills < count else 60.0, ranks, draw)
+            killed, lines, _ = one_life(here, draw.uniform(0, 1.1 * last) if figures.kills < count else 60.0, ranks, draw)
             figures.kills += killed
-            if not killed:
-                last = elapsed
             for words in map(str.split, lines):
                 if words[0] == "start":
                     assert int(words[1]) >= acknowledged, f"{acknowledged - int(words[1])} acknowledged steps lost: {here}"
@@ -169,13 +170,15 @@ def one_life(folder: Path, until: float, ranks: int, draw: random.Random) -> tup
             if done:
                 left.discard(child)
                 code = os.waitstatus_to_exitcode(status)
-                assert code in ((0, -signal.SIGKILL) if not killed or ranks == 1 else (0, -signal.SIGKILL, LEAVES)), (
-                    f"a life failed with {code}"
-                )
+                assert code in ((0, -signal.SIGKILL) if not killed or ranks == 1 else (0, -signal.SIGKILL, LEAVES)), story(folder)
         time.sleep(0.0005)
     said += drain(reading)
     os.close(reading)
     return killed, said.decode().splitlines(), time.monotonic() - start
+
+
+def story(folder: Path) -> str:
+    return "\n".join(["a life failed", *(file.read_text() for file in sorted(folder.glob("failed-*.txt")))])
 
 
 def drain(fd: int) -> bytes:

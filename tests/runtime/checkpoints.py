@@ -75,8 +75,10 @@ def program(mesh: tuple[tuple[str, int], ...], dtype: torch.dtype = torch.float3
     """A random plan's program. Without `graphs` it can store and step, but not run: tracing them takes most of the time."""
     captured = subject(dtype)[2]
     plan = random_plan(captured.graph, mesh=dict(mesh), microbatches=1, seed=seed)
-    if graphs:
-        return compile(captured, plan)
+    return compile(captured, plan) if graphs else without_graphs(captured, plan)
+
+
+def without_graphs(captured: Any, plan: Any) -> Any:
     empty = fx.symbolic_trace(lambda: ())
     with mock.patch("autoshard.lower.build.differentiate", lambda routine, key: Module(empty, None, None, 0, (), (), (), key)):
         return compile(captured, plan)

@@ -69,7 +69,7 @@ class Alone:
         return work()
 
 
-def _ranks(run: Trainable) -> Ranks:
+def ranks_of(run: Trainable) -> Ranks:
     assert run.program is not None  # or it says that nothing is captured yet
     return getattr(run, "comm", None) or Alone()
 
@@ -91,7 +91,7 @@ def save(
     `data` and `extra` count). `keep`: how many checkpoints stay, this one among them. Raises CheckpointError on every rank."""
     if type(step) is not int or not 0 <= step <= MAX_STEP or (keep is not None and (type(keep) is not int or keep < 1)):
         raise CheckpointError(f"step={step!r}, keep={keep!r}; expected whole numbers, keep at least 1")
-    ranks, places = _ranks(sharded), state.Places(sharded)
+    ranks, places = ranks_of(sharded), state.Places(sharded)
     root = Path(os.path.abspath(folder))
     with _stoppable() as pause:
         first = ranks.rank == 0
@@ -100,9 +100,9 @@ def save(
             pause()
             return str(folders.begin(root, step)) if first else ""
 
-        temporary = Path(ranks.share(ranks.together(_clean(start, root))))
+        temporary = Path(ranks.share(ranks.together(clean(start, root))))
         try:
-            mine = ranks.together(_clean(lambda: _write(places, temporary, pause), root))
+            mine = ranks.together(clean(lambda: _write(places, temporary, pause), root))
             written = [json.loads(ranks.share(mine, r)) for r in range(ranks.size)]
             beside = {"scheduler": scheduler.state_dict() if scheduler is not None and first else None, "data": data, "extra": extra}
 
@@ -111,8 +111,8 @@ def save(
                 if first:
                     _seal(temporary, step, sharded, written, beside)
 
-            ranks.together(_clean(finish, root))
-            path = ranks.share(ranks.together(_clean(lambda: str(folders.publish(temporary, root, step)) if first else "", root)))
+            ranks.together(clean(finish, root))
+            path = ranks.share(ranks.together(clean(lambda: str(folders.publish(temporary, root, step)) if first else "", root)))
         except BaseException:
             if first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -127,7 +127,7 @@ def release(folder: PathLike) -> None:
     folders.release(Path(folder))
 
 
-def _clean(work: Callable[[], T], where: Path) -> Callable[[], T]:
+def clean(work: Callable[[], T], where: Path) -> Callable[[], T]:
     """The same work, with what the system refuses as a CheckpointError."""
 
     def clean() -> T:
@@ -214,7 +214,7 @@ def load(folder: PathLike, sharded: Trainable, *, scheduler: Any = None, step: i
     """Go on from the newest whole checkpoint in a folder (a collective call). A damaged one is passed over with a warning, unless
     `step` asks for it or `folder` is the checkpoint itself. Raises CheckpointError on every rank: where there is none, or where it holds
     another model's weights."""
-    ranks = _ranks(sharded)
+    ranks = ranks_of(sharded)
     choices = json.loads(ranks.share(ranks.together(lambda: json.dumps(_choices(Path(folder), step)) if ranks.rank == 0 else "[]")))
     source = _first_whole(ranks, [Path(path) for path in choices])
     with source:

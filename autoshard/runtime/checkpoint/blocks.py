@@ -123,7 +123,7 @@ def write(
     path: Path, sources: Iterable[Source], metadata: Mapping[str, str] | None = None, pause: Callable[[], None] = lambda: None
 ) -> tuple[int, list[str]]:
     """Write a new file. `pause` is called between tensors and may raise. Returns (size, hashes). Raises OSError."""
-    ordered = sorted(sources, key=lambda s: (-s.dtype.itemsize, s.key))  # so that every tensor is aligned
+    ordered = in_order(sources)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for source in ordered:
@@ -142,6 +142,11 @@ def write(
         raise
     out.close()
     return out.size, out.hashes
+
+
+def in_order(sources: Iterable[Source]) -> list[Source]:
+    """As they are written: so that every tensor is aligned."""
+    return sorted(sources, key=lambda s: (-s.dtype.itemsize, s.key))
 
 
 def tensor_bytes(tensor: torch.Tensor, source: Source) -> memoryview:

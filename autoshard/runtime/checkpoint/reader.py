@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
@@ -71,6 +72,32 @@ class Checkpoint:
         """Read every `of`-th file, from number `share` on, to the end. Raises CheckpointError, naming the file."""
         for name in sorted(self.manifest.files)[share::of]:
             self.file(name).check()
+
+
+class Tensors(Protocol):
+    """Whole tensors by name in some folder, of which any part can be read."""
+
+    path: Path
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    tied: dict[str, str]
+
+    def part(self, name: str, needed: Sequence[Runs] | None = None) -> torch.Tensor: ...
+    def close(self) -> None: ...
+
+
+class Weights:
+    """A checkpoint's weights, as such."""
+
+    def __init__(self, path: Path) -> None:
+        self.checkpoint, self.path = Checkpoint(path), path
+        self.specs = {name: (t.dtype, t.shape) for name, t in self.checkpoint.manifest.names("weights").items()}
+        self.tied = self.checkpoint.manifest.tied
+
+    def part(self, name: str, needed: Sequence[Runs] | None = None) -> torch.Tensor:
+        return self.checkpoint.part(f"weights/{name}", needed)
+
+    def close(self) -> None:
+        self.checkpoint.close()
 
 
 def _text(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:

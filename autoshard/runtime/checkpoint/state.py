@@ -192,39 +192,42 @@ def fit(
     where: str,
     *,
     transient: Specs | None = None,
-    cast: bool = False,
-    copies: bool = False,
+    foreign: bool = False,
 ) -> Fit:
-    """Find every weight of the model. `cast`: other dtypes will do; `copies`: tied weights may be stored under each name.
-    Raises CheckpointError, naming the first that are missing, unexpected or of another shape."""
+    """Find every weight of the model. `foreign`: another library's, so other dtypes will do, tied weights may be stored under each name,
+    and what the model doesn't know is only worth a warning. Raises CheckpointError, naming the first that are missing, unexpected or of
+    another shape."""
     places, others = Places(run), aliases(run)
     named: dict[str, str] = {}
     missing, wrong, apart, used = list[str](), list[str](), list[str](), set[str]()
-    wanted = _wanted(run)
+    expected = wanted(run)
     for path in places.persistent:
         found = {tied.get(name, name): None for name in others.get(path, [path]) if tied.get(name, name) in stored}
         used.update(found)
         if not found:
             missing.append(path)
             continue
-        if len(found) > 1 and not copies:
+        if len(found) > 1 and not foreign:
             apart.append(f"{' and '.join(found)}, which the model ties")
         named[path] = next(iter(found))
         dtype, shape = stored[named[path]]
-        if shape != wanted[path][1] or (dtype != wanted[path][0] and not cast):
-            wrong.append(f"{path} is {_text(dtype, shape)}, expected {_text(*wanted[path])}")
+        if shape != expected[path][1] or (dtype != expected[path][0] and not foreign):
+            wrong.append(f"{path} is {_text(dtype, shape)}, expected {_text(*expected[path])}")
     unexpected = [name for name in stored if name not in used]
-    order = {path: i for i, path in enumerate(wanted)}
+    order = {path: i for i, path in enumerate(expected)}
     missing.sort(key=lambda path: order[path])
+    if foreign and unexpected and not missing and not wrong:
+        log.warning("%s: %d tensors that the model doesn't have, %s first", where, len(unexpected), unexpected[0])
+        unexpected = []
     if missing or unexpected or wrong or apart:
         lists = (("missing", missing), ("unexpected", unexpected), ("of another kind", wrong), ("separate", apart))
         text = "; ".join(f"{what}: {', '.join(found[:3])}{' …' if len(found) > 3 else ''}" for what, found in lists if found)
         raise CheckpointError(f"it holds another model's weights: {text}", where=where)
-    passing = {path: path for path in wanted if path not in places.persistent and (transient or {}).get(path) == wanted[path]}
+    passing = {path: path for path in expected if path not in places.persistent and (transient or {}).get(path) == expected[path]}
     return Fit(named, passing)
 
 
-def _wanted(run: Trainable) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def wanted(run: Trainable) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for value in run.program.graph.sources("param", "buffer"):
         found[value.path] = (torch_dtype(value.tensor.dtype), tuple(value.tensor.shape))
@@ -288,7 +291,7 @@ def check(run: Trainable, source: Checkpoint) -> Match:
         _check_groups(old, optimizer, i, where)
     if not run.optimizers:
         return Match(found, [], [], [])
-    shapes = {path: shape for path, (_, shape) in _wanted(run).items()}
+    shapes = {path: shape for path, (_, shape) in wanted(run).items()}
     single = manifest.state.get("values")
     if not isinstance(single, dict):
         raise CheckpointError("its manifest holds no values", where=where)
