@@ -1,4 +1,4 @@
-"""`autoshard checkpoint inspect | verify | convert`: what a checkpoint holds, whether it is whole, and its weights for Hugging Face."""
+"""`autoshard checkpoint inspect | verify | convert`: what a checkpoint holds, whether it is whole, and its weights for other libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ autoshard checkpoint inspect runs/gpt
 
 autoshard checkpoint verify runs/gpt/step-00000100
 
-autoshard checkpoint convert runs/gpt exported --config config.json
+autoshard checkpoint convert runs/llama exported --config config.json
+
+autoshard checkpoint convert ~/models/my-llama runs/llama --to autoshard
 """,
 )
 Where = Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them (its newest).", show_default=False)]
@@ -67,12 +69,14 @@ def verify(path: Where) -> None:
 
 @app.command()
 def convert(
-    path: Where,
-    folder: Annotated[Path, typer.Argument(help="Where the Hugging Face files go.", show_default=False)],
-    config: Annotated[Path | None, typer.Option(help="The model's Hugging Face config.json, copied beside the weights.")] = None,
+    source: Annotated[Path, typer.Argument(help="autoshard's checkpoints, a Hugging Face folder, or a DCP folder.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    to: Annotated[str, typer.Option(help="hf (Hugging Face), dcp (torch.distributed.checkpoint) or autoshard.")] = "hf",
+    config: Annotated[Path | None, typer.Option(help="The model's Hugging Face config.json, to write beside the weights.")] = None,
+    prefix: Annotated[str, typer.Option(help="Of a DCP folder: the prefix of the model's names, as model.")] = "",
+    step: Annotated[int, typer.Option(min=0, help="With --to autoshard: the step that the checkpoint is of.")] = 0,
 ) -> None:
-    """Write a checkpoint's weights as Hugging Face reads them: safetensors files with an index, and the config."""
-    from ..runtime.huggingface import export
+    """Write weights as another library reads them. Optimizer state stays behind."""
+    from ..runtime.convert import convert as write
 
-    export(path, folder, config=config)
-    typer.echo(f"wrote {folder}")
+    typer.echo(f"wrote {write(source, target, to, config=config, prefix=prefix, step=step)}")

@@ -172,12 +172,12 @@ class View:
 
 def why_lost(plan: Plan, runner: dict[str, Any]) -> str:
     """How a runner-up compares: time first, then memory."""
-    best = float(plan.predicted.get("step_seconds", 0.0))
-    mine = runner.get("step_seconds")
-    if runner.get("reason"):
-        return str(runner["reason"])
+    best, mine = float(plan.predicted.get("step_seconds", 0.0)), runner.get("step_seconds")
+    missing = runner.get("missing_bytes")
+    if isinstance(missing, (int, float)) and missing > 0:
+        return f"doesn't fit: {bytes_text(missing)} too much a rank"
     if not isinstance(mine, (int, float)) or not best:
-        return ""
+        return str(runner.get("reason", ""))
     slower = mine - best
     if slower <= 0:
         return "as fast; the first found was taken"
@@ -281,12 +281,13 @@ def _runners(view: View) -> RenderableType:
     table = _table(
         "what else was looked at", "mesh", "microbatches", "step", "memory", "why it lost", right=["microbatches", "step", "memory"]
     )
-    for r in view.plan.runners_up[:MAX_RUNNERS]:
-        step, memory = r.get("step_seconds"), r.get("memory_bytes")
-        table.add_row(
-            str(r.get("mesh", "–")), str(r.get("microbatches", "–")), seconds_text(step) if isinstance(step, (int, float)) else "–",
-            bytes_text(memory) if isinstance(memory, (int, float)) else "–", why_lost(view.plan, r),
-        )  # fmt: skip
+    kinds = {fits: [r for r in view.plan.runners_up if r.get("fits", True) is fits] for fits in (True, None, False)}
+    for r in [*kinds[True][:MAX_RUNNERS], *kinds[None][: MAX_RUNNERS // 2], *kinds[False][:MAX_RUNNERS]]:
+        step, least, memory = r.get("step_seconds"), r.get("at_least_seconds"), r.get("memory_bytes")
+        shown = seconds_text(step) if isinstance(step, (int, float)) else "–"
+        shown = f"≥ {seconds_text(least)}" if isinstance(least, (int, float)) else shown
+        held = bytes_text(memory) if isinstance(memory, (int, float)) else "–"
+        table.add_row(str(r.get("mesh", "–")), str(r.get("microbatches", "–")), shown, held, why_lost(view.plan, r))
     return table
 
 

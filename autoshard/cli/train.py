@@ -114,6 +114,7 @@ def _work(config: Config, resume: bool) -> None:
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler")  # a first step that is skipped
     rank = int(os.environ.get("RANK", 0))
     resume = resume or (bool(config.checkpoints.folder) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     with Progress(config, quiet=rank != 0) as progress:

@@ -98,3 +98,18 @@ def test_what_is_wrong_is_said_without_a_traceback(
 ) -> None:
     assert run(["plan", *(str(graph) if a == "GRAPH" else a for a in arguments)]) == code
     assert says in capfd.readouterr().err
+
+
+def test_why_others_lost() -> None:
+    from autoshard.cli.show import why_lost
+
+    class Won:
+        predicted = {"step_seconds": 2.0, "memory_bytes": [2**30]}
+
+    def why(**runner: object) -> str:
+        return why_lost(Won(), runner)  # type: ignore[arg-type]
+
+    assert why(step_seconds=2.5, memory_bytes=2**31) == "500 ms slower (+25.0 %), 1 GiB more memory"
+    assert why(missing_bytes=3 * 2**30, reason="out of memory") == "doesn't fit: 3 GiB too much a rank"
+    assert why(at_least_seconds=3.0, reason="at least 50.0 % slower, so not solved") == "at least 50.0 % slower, so not solved"
+    assert why(step_seconds=2.0) == "as fast; the first found was taken"

@@ -50,7 +50,8 @@ def command(config: Path, *more: str, nproc: int = 1) -> list[str]:
 
 def start(config: Path, *more: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(config, *more, nproc=nproc), capture_output=True, text=True, timeout=200, env=env)
+    mesh = ("--set", f"parallel.mesh=dp={nproc}")  # nothing to search for
+    return subprocess.run(command(config, *mesh, *more, nproc=nproc), capture_output=True, text=True, timeout=200, env=env)
 
 
 def losses(config: Path) -> dict[int, float]:
