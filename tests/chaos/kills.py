@@ -24,7 +24,7 @@ from autoshard.runtime.in_process import InProcess
 from autoshard.runtime.module import Sharded
 from tests.runtime.by_hand import BATCH, Plain, program
 
-STEPS, EVERY = 40, 2
+STEPS, EVERY = 24, 2
 LEAVES = 17
 """How a life ends that failed to start."""
 
