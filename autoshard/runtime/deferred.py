@@ -98,6 +98,7 @@ def materialise(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for number, storage in deferral.fill(list(by_storage)):
             for name in by_storage[number]:
                 yield name, deferral.recorder.ref(tensors[name]).on(storage)
+            del storage  # before the next is made
 
 
 class _Deferral:

@@ -130,6 +130,7 @@ class Trainable(ABC):
                 shards[name] = _shard(tensor.detach(), slot, self.device)
             if name not in self.owner:
                 self.unused[name] = tensor.detach().clone()
+            del tensor  # before the next is made
         states = []
         for rank, (params, buffers) in zip(ranks, found, strict=True):
             made = {path: nn.Parameter(params[path], requires_grad=slot.trainable) for path, slot in rank.params.items()}

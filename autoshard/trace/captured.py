@@ -178,7 +178,7 @@ class Captured:
 
 
 def _fresh(base: str, taken: Mapping[str, Any]) -> str:
-    return next(name for name in (base, *(f"{base}_{i}" for i in itertools.count(1))) if name not in taken)
+    return next(name for name in itertools.chain([base], (f"{base}_{i}" for i in itertools.count(1))) if name not in taken)
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> BatchError:
