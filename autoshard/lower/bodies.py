@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,8 +28,10 @@ def mean(x: torch.Tensor, dims: Sequence[int], keep: bool, count: int) -> torch.
     return x.sum(list(dims), keep) / count
 
 
-def dropout_mask(seed: torch.Tensor, at: Sequence[torch.Tensor], full: tuple[int, ...], p: float, dtype: torch.dtype) -> torch.Tensor:
-    """0 with probability p, else 1/(1-p), drawn for each element from the seed and its global index alone (`at`: global positions
+def dropout_mask(
+    seed: torch.Tensor, at: Sequence[torch.Tensor], full: tuple[int, ...], law: primitives.Law, dtype: torch.dtype
+) -> torch.Tensor:
+    """A draw by `law` (see `primitives.Law`) for each element from the seed and its global index alone (`at`: global positions
     per dim), so that every plan draws the same. Philox-2x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
     SC11) with the element's index as counter and the seed as key."""
     index = torch.zeros((1,) * len(full), dtype=torch.int64, device=seed.device)
@@ -36,8 +39,30 @@ def dropout_mask(seed: torch.Tensor, at: Sequence[torch.Tensor], full: tuple[int
     for d in reversed(range(len(full))):
         index = index + (at[d] * stride).reshape((-1,) + (1,) * (len(full) - 1 - d))
         stride *= full[d]
-    drawn = philox(index & 0xFFFFFFFF, index >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF)
-    return (drawn >= int(p * 2**32)).to(dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0)
+    low, high = index & 0xFFFFFFFF, index >> 32 & 0xFFFFFFFF
+    drawn = philox(low, high, seed & 0xFFFFFFFF)
+    if isinstance(law, tuple):
+        return by_law(law, drawn, lambda: philox(low, high, (seed ^ 0x5851F42D) & 0xFFFFFFFF), dtype)
+    return (drawn >= int(law * 2**32)).to(dtype) * (1.0 / (1.0 - law) if law < 1 else 0.0)
+
+
+def by_law(law: tuple[str | float, ...], bits: torch.Tensor, more: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """32 random bits an element (`more()`: as many again) as numbers of a law."""
+    name, *numbers = law
+    a, b = (*map(float, numbers), 0.0)[:2]
+    if name == "integers":
+        return (bits % (int(b) - int(a)) + int(a)).to(dtype)
+    # as many bits as the dtype has digits, so that nothing rounds up to 1
+    digits = {torch.float64: 32, torch.float32: 24, torch.float16: 11}.get(dtype, 8)
+    if name == "uniform":
+        return ((bits >> (32 - digits)).to(dtype) * 2.0**-digits) * (b - a) + a
+    wide = torch.promote_types(dtype, torch.float32)
+    logarithm = ((bits >> 8).to(wide) + 1).mul(2.0**-24).log()  # of a number in (0, 1]
+    if name == "exponential":
+        return (logarithm / -a).to(dtype)
+    assert name == "normal", law
+    turn = (more() >> 8).to(wide) * (2 * math.pi * 2.0**-24)  # Box and Muller, 1958
+    return ((logarithm * -2).sqrt() * turn.cos() * b + a).to(dtype)
 
 
 def philox(low: torch.Tensor, high: torch.Tensor, key: torch.Tensor, rounds: int = 10) -> torch.Tensor:

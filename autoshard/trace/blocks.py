@@ -55,8 +55,12 @@ def find_blocks(graph: Graph, apart: Collection[str]) -> list[Block]:
         for name in op.inputs:
             if name in made:
                 uses.setdefault(name, []).append(i)
+    spans = {name: at[-1] - made[name] for name, at in uses.items()}
     long_lived = {
-        name for name, at in uses.items() if at[-1] - made[name] > max(40, len(ops) // 4) and len({i * 8 // len(ops) for i in at}) >= 3
+        name
+        for name, at in uses.items()
+        # used all along, or made early for a late use (the noise that a diffusion's loss compares with)
+        if spans[name] > max(40, len(ops) // 4) and (spans[name] > len(ops) // 2 or len({i * 8 // len(ops) for i in at}) >= 3)
     }
     crossing = [0] * (len(ops) + 1)
     for name, at in uses.items():

@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 
 from .captured import Draw
+from .primitives import Law
 from .provenance import source_of
 
 _TAG = "autoshard_draw"
@@ -40,6 +41,8 @@ def _describe(node: fx.Node, index: int) -> Draw | None:
         q, k, p = _arguments(node, "query", "key", "dropout_p")
         q, k = q.meta["val"], k.meta["val"]
         return _mask(index, q.new_empty((*q.shape[:-1], k.shape[-2])), p, node) if 0 < p < 1 else None
+    if (law := _law(node)) is not None:
+        return _mask(index, node.meta["val"], law, node)
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _stand_in(n.meta["val"]))
@@ -55,10 +58,45 @@ def _arguments(node: fx.Node, *names: str) -> list[Any]:
     return found
 
 
-def _mask(index: int, like: torch.Tensor, p: float, node: fx.Node) -> Draw:
-    """What dropout draws for `like`: a tensor of its shape in its memory order."""
+def _law(node: fx.Node) -> Law | None:
+    """What a call of rand, randn, uniform_, … draws; None for any other op."""
+    target = str(node.target)
+    if target not in LAWS or not all(isinstance(n, int) for n in node.meta["val"].shape):
+        return None
+    name, arguments, defaults = LAWS[target]
+    numbers = _arguments(node, *arguments) if arguments else list(defaults)
+    if target in ("aten.randint.default", "aten.randint_like.default"):
+        numbers = [0, *numbers]
+    if not all(isinstance(n, (int, float)) for n in numbers):
+        return None
+    if name == "bernoulli":
+        return 1 - numbers[0] if 0 < numbers[0] < 1 else None
+    return name, *numbers
+
+
+LAWS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
+    **{f"aten.{n}.default": ("uniform", (), (0.0, 1.0)) for n in ("rand", "rand_like")},
+    **{f"aten.{n}.default": ("normal", (), (0.0, 1.0)) for n in ("randn", "randn_like")},
+    "aten.uniform_.default": ("uniform", ("from", "to"), ()),
+    "aten.normal_.default": ("normal", ("mean", "std"), ()),
+    "aten.exponential_.default": ("exponential", ("lambd",), ()),
+    **dict.fromkeys(["aten.bernoulli_.float", "aten.bernoulli.p"], ("bernoulli", ("p",), ())),
+    **dict.fromkeys(["aten.randint.default", "aten.randint_like.default"], ("integers", ("high",), ())),
+    **dict.fromkeys(["aten.randint.low", "aten.randint_like.low_dtype"], ("integers", ("low", "high"), ())),
+}
+"""Random op → the law's name, the arguments that hold its numbers, or the numbers."""
+
+RANDOM = (
+    *(target for target in LAWS if "_." not in target),
+    *(f"aten.{name}" for name in ("uniform.default", "normal_functional.default", "exponential.default")),
+)
+"""The same ops once they are functional."""
+
+
+def _mask(index: int, like: torch.Tensor, law: Law, node: fx.Node) -> Draw:
+    """What is drawn for `like`: a tensor of its shape in its memory order."""
     strides = tuple(torch.empty_like(_stand_in(like)).stride())
-    return Draw(index, "autoshard.dropout_mask.default", (tuple(like.shape), p, str(like.dtype), index, strides), {}, source_of(node))
+    return Draw(index, "autoshard.dropout_mask.default", (tuple(like.shape), law, str(like.dtype), index, strides), {}, source_of(node))
 
 
 def _stand_in(value: Any) -> Any:

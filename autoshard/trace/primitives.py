@@ -43,15 +43,27 @@ class Pick(torch.autograd.Function):
         return torch.where(here, grad.unsqueeze(-1), torch.zeros((), dtype=grad.dtype, device=grad.device)), None
 
 
+Law = float | tuple[str | float, ...]
+"""What a random op draws. A number p: dropout's mask, 0 with probability p, else 1/(1-p). Or ("uniform", low, high), ("normal", mean,
+deviation), ("exponential", rate), ("integers", low, high)."""
+
+
 def dropout_mask(
-    shape: Sequence[int], p: float, dtype: torch.dtype, index: int, strides: Sequence[int], *, device: torch.device | str = "cpu"
+    shape: Sequence[int], law: Law, dtype: torch.dtype, index: int, strides: Sequence[int], *, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """0 with probability p, else 1/(1-p), drawn from torch's default generator in memory order, as torch.nn.functional.dropout draws.
+    """Draws by `law` from torch's default generator in memory order, as torch's own random ops do; most are masks of dropout.
 
     `index` is the draw's ordinal in the plain model's execution; executors that key draws by it (counter-based) replace this function.
     """
     noise = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
-    return noise.bernoulli_(1 - p).div_(1 - p)
+    if not isinstance(law, tuple):
+        return noise.bernoulli_(1 - law).div_(1 - law)
+    name, *numbers = law
+    if name == "integers":
+        return noise.random_(int(numbers[0]), int(numbers[1]))
+    draw: dict[str | float, Callable[..., Tensor]]
+    draw = {"uniform": noise.uniform_, "normal": noise.normal_, "exponential": noise.exponential_}
+    return draw[name](*numbers)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0) -> Tensor:

@@ -17,12 +17,12 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ..errors import CaptureError
 from .build import drop_dead, dtype_name
 from .captured import Captured, Draw
-from .draws import draw_of
+from .draws import RANDOM, draw_of
 from .export import MODEL
 from .graph import Graph, Op, Ref, Tensor
 from .provenance import module_of, source_of
 
-DROPOUTS = ("aten.native_dropout.default", "aten.scaled_dot_product_attention.default")
+DROPOUTS = ("aten.native_dropout.default", "aten.scaled_dot_product_attention.default", *RANDOM)
 _DROPPED = ("device", "layout", "pin_memory", "non_blocking", "memory_format", "requires_grad")
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 

@@ -16,7 +16,9 @@ from autoshard.trace.capture import Captured, capture
 from tests import zoo
 
 DENSE = ("gpt2", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "starcoder2",
-         "cohere", "granite", "glm4", "bert")  # fmt: skip
+         "cohere", "granite", "glm4", "bert", "t5", "whisper", "clip")  # fmt: skip
+SLOW = ("roberta", "bart", "vit")
+"""As one of the others does; with --slow."""
 MATMULS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default")
 
 
@@ -39,7 +41,8 @@ def stored_elements(program: Program, rank: int) -> int:
     return total
 
 
-TRIALS = [(family, {"tp": 2}) for family in DENSE] + [(family, {"dp": 2, "tp": 2}) for family in ("gpt2", "llama", "bert", "gemma2")]
+TRIALS = [(family, {"tp": 2}) for family in DENSE] + [(family, {"dp": 2, "tp": 2}) for family in ("gpt2", "llama", "bert", "gemma2", "t5")]
+TRIALS += [pytest.param(family, {"tp": 2}, marks=pytest.mark.slow, id=family) for family in SLOW]
 
 
 @pytest.mark.parametrize(("family", "mesh"), TRIALS, ids=str)

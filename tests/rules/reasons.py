@@ -67,7 +67,7 @@ def reason(s: Sample, t: Strategy) -> str:
     if name in ("im2col", "col2im") and s.name.endswith("one example"):
         return "One example without a batch dim: batches are what training has."
     if name in ("scatter_add", "index_add") and t.ins[0] == P:
-        return "What is added to would have to be pending while its addends are cut: a factor says whole or cut of what lacks it, not pending."
+        return "What is added to would be pending while its addends are cut, and a factor can say only that it is whole."
     if "pool" in name:
         return "Holds only where no window spans two ranks' parts, which its size, stride and padding decide."
     if name == "index" and s.name.endswith("scattered"):

@@ -164,6 +164,8 @@ def written() -> Iterator[Sample]:
     yield sample("aten.flip.default", f(5, 4, 7), (0, 2))
     yield sample("aten.roll.default", f(5, 4, 7), (2,), (1,))
     yield sample("aten.roll.default", f(5, 4), (2,), note="flattened")
+    yield sample("aten._fft_c2c.default", torch.complex(f(5, 4, 7), f(5, 4, 7)), (1,), 0, True)
+    yield sample("aten._fft_r2c.default", f(5, 4, 7), (2,), 0, True)
     yield sample("aten.topk.default", f(5, 4, 7), 3)
     yield sample("aten.topk.default", f(5, 4, 7), 2, 1, note="middle")
     yield sample("aten.layer_norm.default", f(5, 4, 7), (7,), f(7), f(7), 1e-5)

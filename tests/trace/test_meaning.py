@@ -255,6 +255,15 @@ class Drops(Two):
         return h.square().sum() + self.b(x).sum()
 
 
+class Noises(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h = h * (torch.rand(len(x), 1, dtype=x.dtype) + 0.8).floor() + torch.randn_like(h.t()).t() * 0.1
+        h = h + x.new_empty(len(x), 1).bernoulli_(0.7).div_(0.7) + torch.empty_like(h).uniform_(-2, 3) + h.detach().bernoulli(0.3)
+        h = h + torch.randint(2, 9, (len(x), 1)) - torch.empty_like(h).exponential_(0.5).log() + torch.empty_like(h).normal_(1, 2)
+        return h.square().sum() + self.b(x).sum()
+
+
 class Branches(Two):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
@@ -280,7 +289,7 @@ class TorchLayers(nn.Module):
         return out.square().sum() + weights.sum()
 
 
-@pytest.mark.parametrize("model", [Drops, Branches, TorchLayers])
+@pytest.mark.parametrize("model", [Drops, Noises, Branches, TorchLayers])
 def test_random_draws_replay_the_plain_stream(model: type[nn.Module]) -> None:
     agrees(model())
 

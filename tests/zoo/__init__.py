@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
-from . import hf, plain, towers
+from . import hf, plain, public, towers
 from .case import Case
 
 LISTED: tuple[str, ...] = (*hf.FAMILIES, *plain.CASES, *towers.FAMILIES)
-FURTHER: tuple[str, ...] = (*hf.FURTHER, *hf.PADDED, *towers.FURTHER)
+FURTHER: tuple[str, ...] = (*hf.FURTHER, *hf.PADDED, *towers.FURTHER, *public.CASES)
 
 
 def case(name: str) -> Case:
-    if name in plain.CASES:
-        return plain.CASES[name]
+    if name in plain.CASES | public.CASES:
+        return (plain.CASES | public.CASES)[name]
     return towers.case(name) if name in towers.FAMILIES | towers.FURTHER else hf.case(name)
 
 

@@ -1,15 +1,28 @@
-"""Dropout becomes a multiplication by `autoshard.dropout_mask`, a source of randomness without tensor inputs."""
+"""Dropout becomes a multiplication by `autoshard.dropout_mask`, a source of randomness without tensor inputs; so do rand, randn and kin."""
 
 from __future__ import annotations
 
-from ..build import Builder, rewrite
+from typing import Any
+
+from ..build import Builder, Rule, rewrite
 from ..captured import Captured
+from ..draws import RANDOM
 from ..graph import Ref
 
 
 def dropout(captured: Captured) -> Captured:
-    """Spell dropout in the normal form."""
-    return rewrite(captured, {"aten.native_dropout.default": native_dropout, "aten.dropout.default": plain_dropout})
+    """Spell dropout and every other draw in the normal form."""
+    rules: dict[str, Rule] = dict.fromkeys(RANDOM, drawn)
+    return rewrite(captured, rules | {"aten.native_dropout.default": native_dropout, "aten.dropout.default": plain_dropout})
+
+
+def drawn(b: Builder, *args: Any, draw: int | None = None, **kwargs: Any) -> Any:
+    """What the model draws by a law that draws.py knows; a draw of 0 or 1 is a mask of dropout without its scale."""
+    if draw is None or b.old.draws[draw].target != "autoshard.dropout_mask.default":
+        return NotImplemented
+    target, (shape, law, *rest) = b.old.draws[draw].target, b.old.draws[draw].args
+    noise = b.op(target, shape, law, *rest)
+    return noise if isinstance(law, tuple) else b.op("aten.mul.Tensor", noise, 1 - law)
 
 
 def native_dropout(b: Builder, x: Ref, p: float, train: bool | None, *, draw: int | None = None) -> tuple[Ref, Ref | None]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...errors import CaptureError
 from ..build import Builder, Rule, rewrite
 from ..captured import Captured
 from ..graph import Ref
@@ -235,6 +236,36 @@ def channel_shuffle(b: Builder, x: Ref, groups: int) -> Ref:
     return b.reshape(apart, (n, c, *rest))
 
 
+def as_strided(b: Builder, x: Ref, shape: Sequence[int], strides: Sequence[int], offset: int | None = None) -> Ref:
+    """A view of x's memory as it lay at capture: x in its memory's order, and of that another shape in another order. In a program a
+    value may lie otherwise, so that no op may speak of strides."""
+    assert b.at is not None
+    old = b.old.graph.values[b.at.inputs[0]].strides
+    inner, outer = memory_order(b.shape(x), old), memory_order(shape, strides)
+    if offset or inner is None or outer is None or math.prod(shape) != math.prod(b.shape(x)):
+        raise CaptureError(
+            f"as_strided{tuple(shape), tuple(strides)} of a tensor {b.shape(x)} that lies as {old} is no rearrangement of it",
+            where=b.at.source, hint="write it with reshape, permute, expand or unfold",
+        )  # fmt: skip
+    flat = b.reshape(b.permute(x, inner), [shape[d] for d in outer])
+    return b.permute(flat, [outer.index(d) for d in range(len(outer))])
+
+
+def memory_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """The dims from the slowest to the fastest, if they fill their memory without gap or overlap.
+
+    >>> memory_order((2, 3, 1), (1, 2, 7)), memory_order((2, 3), (4, 1))
+    ((2, 1, 0), None)
+    """
+    order = sorted(range(len(shape)), key=lambda d: (shape[d] > 1, -strides[d]))
+    n = 1
+    for d in reversed(order):
+        if shape[d] > 1 and strides[d] != n:
+            return None
+        n *= shape[d]
+    return tuple(order)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ["aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.view_copy.default", "aten._reshape_copy.default"],
@@ -280,6 +311,7 @@ RULES: dict[str, Rule] = {
     "aten.slice_scatter.default": slice_scatter,
     "aten.select_scatter.default": select_scatter,
     "aten.copy.default": copy,
+    "aten.as_strided.default": as_strided,
     "aten.pixel_shuffle.default": pixel_shuffle,
     "aten.pixel_unshuffle.default": pixel_unshuffle,
     "aten.channel_shuffle.default": channel_shuffle,

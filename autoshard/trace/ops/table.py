@@ -429,6 +429,7 @@ def _table() -> dict[str, RuleFunction]:
     add(along(1), "aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", "aten.cumprod.default",
         "aten.logcumsumexp.default", "aten.sort.default", "aten.argsort.default")  # fmt: skip
     add(along(1, linear=True), "aten.cumsum.default", "aten.flip.default")
+    add(along(1, linear=True), "aten._fft_c2c.default", "aten._fft_r2c.default")
     add(along(2), "aten.topk.default")
     add(along(2, default=None, linear=True), "aten.roll.default")
     add(prelu, "aten.prelu.default")
