@@ -59,7 +59,7 @@ def losses(config: Path) -> dict[int, float]:
     return {r["step"]: r["loss_metrics/global_avg_loss"] for r in lines if "grad_norm" in r}
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_is_the_same_run(config: Path, nproc: int) -> None:
     whole = start(config, nproc=nproc)
     assert whole.returncode == 0, whole.stderr
