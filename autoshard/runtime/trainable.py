@@ -6,8 +6,8 @@ In: a Program and the whole model's weights. `Trainable` keeps the `State` of th
 
 from __future__ import annotations
 
-import os
 import fnmatch
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

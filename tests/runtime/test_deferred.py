@@ -266,5 +266,5 @@ def test_what_happens_outside_of_the_constructor_is_refused():
         list(materialise(model))
     with pytest.raises(DeferredError, match="nobody recorded"):
         list(materialise(deferred(nn.Linear, 3, 3).to(torch.bfloat16)))
-    with pytest.raises(DeferredError, match="an nn.Module is expected"):
+    with pytest.raises(DeferredError, match=r"an nn\.Module is expected"):
         deferred(torch.zeros, 3)
