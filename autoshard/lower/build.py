@@ -45,6 +45,7 @@ class _Builder:
     split: TimeSplit
     dropout: str
     modules: dict[str, Module] = field(default_factory=dict)
+    used: dict[int, dict[str, dict[Layout, None]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.graph = self.split.graph
@@ -87,6 +88,8 @@ class _Builder:
 
     def uses(self, stage: int) -> dict[str, dict[Layout, None]]:
         """Parameter value → the layouts in which the stage's ops take it."""
+        if stage in self.used:
+            return self.used[stage]
         found: dict[str, dict[Layout, None]] = {}
         for block in self.stage_blocks(stage):
             for name in block.ops:
@@ -94,6 +97,7 @@ class _Builder:
                 for i, operand in enumerate(op.inputs):
                     if operand in self.param_of:
                         found.setdefault(operand, {})[tuple(s.ins[i] for s in pair)] = None
+        self.used[stage] = found
         return found
 
 

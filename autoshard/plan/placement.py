@@ -12,13 +12,14 @@ cheap and used everywhere, so it isn't part of the problem: it lies cut along th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from ..layout import I, Layout, P, R, S, Type, divisible, legal, transition
+from ..layout import I, Layout, P, R, S, Type, divisible, legal, local_shape, transition
 from ..trace.blocks import Block, kind_of
 from ..trace.graph import Graph, Op, Tensor, Value
 from ..trace.ops.rule import Factor, Place, Rule, Strategy, factor_cuts, strategies
@@ -40,6 +41,8 @@ class Prices(Protocol):
 
     share: bool
     """Whether matmuls that take one value should take it in one layout, so that it moves once."""
+    hold: float
+    """Seconds that a byte of a parameter counts for, as the loop uses it; above 0 where memory is short."""
     per_step: float
     """What a transition outside the microbatch loop weighs, against one inside."""
 
@@ -66,6 +69,11 @@ class Space:
     fixed: dict[str, Pair] = field(default_factory=dict)
     inputs: dict[str, Layout] = field(default_factory=dict)
     seeds: tuple[dict[str, set[Type]], dict[str, set[Type]]] = field(default_factory=lambda: ({}, {}))
+    weight: Mapping[str, int] = field(default_factory=dict)
+    """How many ops one stands for, where that isn't one (`plan.fold`)."""
+    alike: Sequence[tuple[str, str]] = ()
+    """Ops that must run alike."""
+    data_alone: bool = False
 
     def __post_init__(self) -> None:
         graph = self.split.graph
@@ -73,6 +81,8 @@ class Space:
         self._input_layouts()
         self.seeds = self._spread_seeds()
         self._fix_data()
+        if self.data_alone:
+            return
         memo: dict[object, list[Pair]] = {}
         for op in graph.ops:
             if op.name not in self.fixed:
@@ -90,7 +100,7 @@ class Space:
         batch: dict[str, set[Type]] = {n: {t[0]} for n, t in self.inputs.items() if t[0].kind == "S"}
         self._fixpoint(batch, self.sizes[0], natural=False)
         inner: dict[str, set[Type]] = {}
-        if self.sizes[1] > 1:
+        if self.sizes[1] > 1 and not self.data_alone:
             self._fixpoint(inner, self.sizes[1], natural=True)
             along_batch: dict[str, set[Type]] = {
                 v.name: {S(v.batch_dim)} for v in self.split.graph.sources("input") if v.batch_dim is not None
@@ -209,13 +219,15 @@ def choose(space: Space, prices: Prices, blocks: Sequence[Block], roots: Mapping
     producer = graph.producer()
     problem = Problem({n: len(d) for n, d in space.domains.items()} | {n: len(d) for n, d in space.storage.items()})
     tables = _Tables(space, prices)
+    weight = _weights(space)
     for v in graph.sources("param"):
-        problem.add((v.name,), tables.stored(v))
+        problem.add((v.name,), tables.stored(v) * weight(v.name))
     shared = _siblings(space, blocks) if prices.share else {}
     for op in graph.ops:
         if op.name in space.fixed:
             continue
-        problem.add((op.name,), tables.unary(op))
+        often = weight(op.name)
+        problem.add((op.name,), tables.unary(op) * often)
         for name, positions in _operand_positions(op).items():
             source = producer[name].name if name in producer else name
             fixed = source in space.fixed or graph.values[name].role in ("input", "constant", "buffer")
@@ -224,17 +236,19 @@ def choose(space: Space, prices: Prices, blocks: Sequence[Block], roots: Mapping
                 if use.name not in problem.sizes:
                     problem.sizes[use.name] = len(use.layouts)
                     if fixed:
-                        problem.add((use.name,), tables.moves([space.held[name]], use.layouts, name)[0])
+                        problem.add((use.name,), tables.moves([space.held[name]], use.layouts, name)[0] * often)
                     else:
-                        problem.add((source, use.name), tables.moves(tables.made(producer[name], name), use.layouts, name))
+                        problem.add((source, use.name), tables.moves(tables.made(producer[name], name), use.layouts, name) * often)
                 problem.add((use.name, op.name), tables.same(use.layouts, op, positions))
             elif fixed:
-                problem.add((op.name,), tables.from_fixed(op, name, positions))
+                problem.add((op.name,), tables.from_fixed(op, name, positions) * often)
             else:
-                problem.add((source, op.name), tables.edge(producer.get(name), op, name, positions))
+                problem.add((source, op.name), tables.edge(producer.get(name), op, name, positions) * often)
     for name, layout in roots.items():
         if name in producer and producer[name].name in space.domains:
             problem.add((producer[name].name,), tables.root(producer[name], name, layout))
+    for a, b in space.alike:
+        problem.add((a, b), np.array([[0.0 if p == q else np.inf for q in space.domains[b]] for p in space.domains[a]]))
     if fold:
         _fold(problem, space, blocks, shared)
     seconds, chosen = problem.minimum()
@@ -244,6 +258,26 @@ def choose(space: Space, prices: Prices, blocks: Sequence[Block], roots: Mapping
         space.inputs,
         seconds,
     )
+
+
+def _weights(space: Space) -> Callable[[str], int]:
+    """How often an op happens; a parameter counts as its users do, one that several repetitions share once."""
+    users = space.split.graph.consumers()
+
+    def weight(name: str) -> int:
+        if not space.weight:
+            return 1
+        if name in space.storage:
+            return min((space.weight.get(op.name, 1) for op in users[name]), default=1)
+        return space.weight.get(name, 1)
+
+    return weight
+
+
+def fix_data(split: TimeSplit, sizes: tuple[int, int]) -> tuple[dict[str, Pair], dict[str, Layout]]:
+    """Where a graph's inputs lie, and how its data-only ops run: (op → strategies, source → layout)."""
+    space = Space(split, sizes, data_alone=True)
+    return space.fixed, space.inputs
 
 
 def _operand_positions(op: Op) -> dict[str, list[int]]:
@@ -289,6 +323,7 @@ def _fold(problem: Problem, space: Space, blocks: Sequence[Block], shared: Mappi
     home = {op: i for i, b in enumerate(blocks) for op in b.ops}
     consumers = graph.consumers()
     by_name = {op.name: op for op in graph.ops}
+    uses = {u.name for u in shared.values()}
     for i, block in enumerate(blocks):
         names: dict[str, None] = {}
         for op_name in block.ops:
@@ -299,7 +334,6 @@ def _fold(problem: Problem, space: Space, blocks: Sequence[Block], shared: Mappi
                 if (op_name, n) in shared:
                     names[shared[op_name, n].name] = None
             names[op_name] = None
-        uses = {u.name: u for u in shared.values()}
         inner: list[str] = []
         outer: list[str] = []
         for n in names:
@@ -309,14 +343,15 @@ def _fold(problem: Problem, space: Space, blocks: Sequence[Block], shared: Mappi
             users = consumers[n] if n in space.storage else [c for out in by_name[n].outs for c in consumers[out]]
             outside = any(home.get(u.name) != i for u in users) or (n in by_name and home[n] != i)
             (outer if outside else inner).append(n)
-        key = (block.kind, tuple(_signature(space, n) for n in names), tuple(n in set(inner) for n in names),
-               tuple(str(space.held.get(n)) for op in block.ops for n in by_name[op].inputs))  # fmt: skip
+        inside = set(inner)
+        key = (block.kind, space.weight.get(block.ops[0], 1), tuple(_signature(space, n) for n in names), tuple(n in inside for n in names),
+               tuple(space.held.get(n) for op in block.ops for n in by_name[op].inputs))  # fmt: skip
         problem.fold(inner, outer, key)
 
 
 def _signature(space: Space, name: str) -> object:
-    domain = space.domains.get(name) or space.storage.get(name) or ()
-    return hash(tuple(map(str, domain)))
+    """Ops that are alike share their domain, as an object."""
+    return id(space.domains[name]) if name in space.domains else tuple(space.storage.get(name, ()))
 
 
 Side = tuple[tuple[Layout, ...], list[tuple[int, ...]]]
@@ -347,7 +382,12 @@ class _Tables:
         if key not in self.edges:
             have = _distinct(self.space.storage[name]) if source is None else self._made(source, name)
             weight = self.prices.per_step if source is None else 1.0
-            self.edges[key] = self._moves(have, self._wanted(op, positions), name) * weight
+            want = self._wanted(op, positions)
+            self.edges[key] = self._moves(have, want, name) * weight
+            if source is None and self.prices.hold:
+                each = self.prices.hold * v.tensor.bytes / max(v.tensor.numel, 1)
+                used = [each * numel(v.tensor, layout, self.space.sizes) for layout in want[0]]
+                self.edges[key] = self.edges[key] + np.array([sum(used[i] for i in which) for which in want[1]])
         return self.edges[key]
 
     def from_fixed(self, op: Op, name: str, positions: list[int]) -> np.ndarray:
@@ -391,7 +431,9 @@ class _Tables:
         v = self.graph.values[name]
         (rows, row_of), (columns, column_of) = have, want
         known = self.memo.setdefault((v.tensor, v.grad), {})
-        small = np.array([[0.0 if a == b else known[a, b] if (a, b) in known else self._price(v, a, b, known) for b in columns] for a in rows])
+        small = np.array(
+            [[0.0 if a == b else known[a, b] if (a, b) in known else self._price(v, a, b, known) for b in columns] for a in rows]
+        )
         full = small[[i for (i,) in row_of]]
         if all(len(w) == 1 for w in column_of):
             return full[:, [i for (i,) in column_of]]
@@ -403,9 +445,13 @@ class _Tables:
         return known[a, b]
 
 
+def numel(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> int:
+    return math.prod(local_shape(tensor.shape, layout, sizes, (0,) * len(sizes)))
+
+
 def _distinct(layouts: Sequence[Layout]) -> Side:
     found: dict[Layout, int] = {}
-    which = [(found.setdefault(layout, len(found)),) for layout in layouts]
+    which: list[tuple[int, ...]] = [(found.setdefault(layout, len(found)),) for layout in layouts]
     return tuple(found), which
 
 

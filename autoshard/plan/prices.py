@@ -57,7 +57,8 @@ class Prices:
 
     share = True
 
-    def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int, divide: bool = False) -> None:
+    def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int, divide: bool = False, hold: float = 0.0) -> None:
+        self.hold = hold
         self.cluster, self.mesh, self.per_step, self.divide = cluster, mesh, 1.0 / microbatches, divide
         self.device = cluster.device
         self.memo: dict[object, float] = {}
@@ -73,6 +74,11 @@ class Prices:
             work, heavy = flops(op, values), is_heavy(op)
             known[key] = np.array([self._one(op, work, heavy, operands, outs, pair, sizes) for pair in choices])
         return known[key]
+
+    def one(self, op: Op, graph: Graph, pair: Pair, sizes: tuple[int, ...]) -> float:
+        """Seconds of an op as it was chosen to run."""
+        operands, outs = [graph.values[n] for n in op.inputs], [graph.values[n] for n in op.outs]
+        return self._one(op, flops(op, graph.values), is_heavy(op), operands, outs, pair, sizes)
 
     def _one(
         self, op: Op, work: float, heavy: bool, operands: Sequence[Value], outs: Sequence[Value], pair: Pair, sizes: tuple[int, ...]
@@ -105,7 +111,8 @@ class Prices:
         assert steps is not None
         total, layout = 0.0, list(a)
         for axis, have, want in steps:
-            full = _local_bytes(tensor, tuple([t for i, t in enumerate(layout) if i != axis]), tuple([k for i, k in enumerate(sizes) if i != axis]))
+            others = [i for i in range(len(sizes)) if i != axis]
+            full = _local_bytes(tensor, tuple([layout[i] for i in others]), tuple([sizes[i] for i in others]))
             total += self._wire(transition(have, want), full, axis, have, want)
             if grad:
                 back, forth = gradient(want), gradient(have)
@@ -168,6 +175,7 @@ class RandomPrices:
     """Random costs, finite wherever a plan is legal: the cheapest plan is then a random legal plan."""
 
     per_step = 1.0
+    hold = 0.0
     share = False
 
     def __init__(self, seed: int) -> None:

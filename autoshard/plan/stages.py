@@ -49,39 +49,48 @@ def crossings(split: TimeSplit, blocks: Sequence[Block], cuts: Sequence[int]) ->
 
 @dataclass(frozen=True)
 class Costs:
-    """Per block: seconds of a microbatch, bytes that stay (parameters, gradients, optimizer), bytes saved per microbatch in flight."""
+    """Per block: seconds of a microbatch, bytes that stay (parameters, gradients, optimizer), bytes saved per microbatch in flight, bytes
+    that live only while it runs."""
 
     seconds: np.ndarray
     fixed: np.ndarray
     saved: np.ndarray
+    working: np.ndarray
 
 
-def balance(costs: Costs, stages: int, in_flight: Sequence[int], limit: float) -> tuple[int, ...] | None:
-    """The cuts with the least largest stage, by dynamic programming over the chain, each stage within `limit` bytes.
+def balance(costs: Costs, stages: int, in_flight: Sequence[int], limit: float) -> tuple[tuple[int, ...] | None, float]:
+    """The cuts with the least largest stage, by dynamic programming over the chain, each stage within `limit` bytes; and the bytes of the
+    largest stage at best, whatever the limit.
 
     `in_flight`: microbatches whose saved values stage s holds at its peak. None if no cut fits or there are too few blocks.
     """
     n = len(costs.seconds)
     if stages > n:
-        return None
+        return None, np.inf
     time, fixed, saved = (np.concatenate([[0.0], np.cumsum(c)]) for c in (costs.seconds, costs.fixed, costs.saved))
-    best = np.full((stages + 1, n + 1), np.inf)
-    back = np.zeros((stages + 1, n + 1), dtype=int)
-    best[0, 0] = 0.0
-    for s in range(1, stages + 1):
-        for end in range(s, n + 1):
-            start = np.arange(s - 1, end)
-            memory = fixed[end] - fixed[start] + in_flight[s - 1] * (saved[end] - saved[start])
-            worst = np.where(memory <= limit, np.maximum(best[s - 1, start], time[end] - time[start]), np.inf)
-            i = int(np.argmin(worst))
-            best[s, end], back[s, end] = worst[i], start[i]
-    if not np.isfinite(best[stages, n]):
-        return None
+    # [start, end] of a stage
+    ahead = np.arange(n + 1)[None, :] > np.arange(n + 1)[:, None]
+    took = np.where(ahead, time[None, :] - time[:, None], np.inf)
+    stays, kept = fixed[None, :] - fixed[:, None], saved[None, :] - saved[:, None]
+    peak = np.zeros((n + 1, n + 1))
+    for start in range(n):
+        peak[start, start + 1 :] = np.maximum.accumulate(costs.working[start:])
+    best, least = np.full(n + 1, np.inf), np.full(n + 1, np.inf)
+    best[0] = least[0] = 0.0
+    back = []
+    for s in range(stages):
+        memory = np.where(ahead, stays + in_flight[s] * kept + peak, np.inf)
+        worst = np.where(memory <= limit, np.maximum(best[:, None], took), np.inf)
+        back.append(worst.argmin(axis=0))
+        best = worst.min(axis=0)
+        least = np.maximum(least[:, None], memory).min(axis=0)
+    if not np.isfinite(best[n]):
+        return None, float(least[n])
     cuts, end = [], n
-    for s in range(stages, 0, -1):
-        end = int(back[s, end])
+    for s in reversed(range(stages)):
+        end = int(back[s][end])
         cuts.append(end)
-    return tuple(reversed(cuts))
+    return tuple(reversed(cuts)), float(least[n])
 
 
 def needed_data(graph: Graph, apart: set[str], wanted: Sequence[str]) -> list[str]:

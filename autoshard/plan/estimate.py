@@ -1,0 +1,151 @@
+"""What placements cost, block by block: seconds of computation and of communication, bytes that stand, bytes kept for the backward.
+
+In: the graph of one microbatch, its blocks, the placements chosen, prices. Out: `BlockCosts`, arrays with an entry per block, which
+`search` sums over stages; and the refusals and rows that a report shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from ..layout import Layout, local_shape
+from ..trace.blocks import Block
+from ..trace.graph import Tensor
+from .costs.memory import FRAGMENTATION
+from .placement import Pair, Placements, Space
+from .prices import Prices
+from .saved import saved
+from .stages import Costs
+
+
+@dataclass
+class BlockCosts:
+    """Per block. Seconds of a microbatch: `compute`, `communication`; once a step: `once`. Bytes: `params` (stored and as used), `grads`,
+    `optimizer`; `saved` per microbatch in flight; `working`, what lives only while the block runs."""
+
+    compute: np.ndarray
+    communication: np.ndarray
+    once: np.ndarray
+    params: np.ndarray
+    grads: np.ndarray
+    optimizer: np.ndarray
+    saved: np.ndarray
+    working: np.ndarray
+
+    def spread(self, like: Sequence[int]) -> BlockCosts:
+        """The same for blocks that are like these."""
+        return BlockCosts(*(getattr(self, f.name)[list(like)] for f in fields(self)))
+
+    @classmethod
+    def random(cls, seconds: np.ndarray) -> BlockCosts:
+        """Costs that mean nothing: blocks take these seconds and no memory."""
+        nothing = np.zeros(len(seconds))
+        return cls(seconds, *(nothing for _ in fields(cls)[1:]))
+
+    @property
+    def seconds(self) -> np.ndarray:
+        return self.compute + self.communication
+
+    def for_stages(self) -> Costs:
+        fixed = self.params + self.grads + self.optimizer
+        return Costs(self.seconds, fixed, self.saved * FRAGMENTATION, self.working * FRAGMENTATION)
+
+    def memory(self, a: int, b: int, in_flight: int, message: float) -> dict[str, int]:
+        """Peak bytes of the stage of blocks [a, b) on a rank, by what they are for."""
+        parts = {
+            "parameters": self.params[a:b].sum(),
+            "gradients": self.grads[a:b].sum(),
+            "optimizer": self.optimizer[a:b].sum(),
+            "activations": in_flight * self.saved[a:b].sum() * FRAGMENTATION,
+            "working": self.working[a:b].max(initial=0.0) * FRAGMENTATION,
+            "buffers": message,
+        }
+        found = {name: int(size) for name, size in parts.items()}
+        return {**found, "total": sum(found.values())}
+
+
+def block_costs(space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices) -> BlockCosts:
+    """A parameter counts where it is used first."""
+    graph = space.split.graph
+    ops = {op.name: op for op in graph.ops}
+    held: dict[str, Layout] = dict(space.held)
+    for name, pair in placed.ops.items():
+        for i, out in enumerate(ops[name].outs):
+            held[out] = tuple(s.outs[i] for s in pair)
+    costs = BlockCosts(*(np.zeros(len(blocks)) for _ in fields(BlockCosts)))
+    charged: set[str] = set()
+    moved: set[tuple[str, Layout]] = set()
+    kept: dict[object, tuple[float, float]] = {}
+    for i, block in enumerate(blocks):
+        for name in block.ops:
+            op, pair = ops[name], placed.ops[name]
+            costs.compute[i] += prices.one(op, graph, pair, space.sizes)
+            for j, operand in enumerate(op.inputs):
+                v, want = graph.values[operand], tuple(s.ins[j] for s in pair)
+                if v.role != "param":
+                    if held[operand] != want:
+                        costs.communication[i] += prices.move(v.tensor, held[operand], want, space.sizes, v.grad)
+                    continue
+                storage = placed.storage[operand]
+                if (operand, want) not in moved:
+                    moved.add((operand, want))
+                    costs.once[i] += prices.move(v.tensor, storage, want, space.sizes, v.grad)
+                if operand not in charged:
+                    charged.add(operand)
+                    costs.once[i] += float(prices.stored(v.tensor, [storage], space.sizes, v.grad)[0])
+                    sizes = param_bytes(v.tensor, storage, want, space.sizes, v.grad)
+                    for part, size in zip((costs.params, costs.grads, costs.optimizer), sizes, strict=True):
+                        part[i] += size
+        key = (block.kind, tuple(id(placed.ops[n]) for n in block.ops), tuple(held.get(n) for b in block.ops for n in ops[b].inputs))
+        if key not in kept:
+            kept[key] = saved([ops[n] for n in block.ops], placed.ops, held, graph, space.sizes)
+        costs.saved[i], costs.working[i] = kept[key]
+    return costs
+
+
+def param_bytes(tensor: Tensor, storage: Layout, use: Layout, sizes: tuple[int, ...], trainable: bool) -> tuple[float, float, float]:
+    """(parameter, gradient, optimizer): as stored, with two moments and a float32 master where it is half; and as used in the loop,
+    where that is more than what is stored."""
+    stored = math.prod(local_shape(tensor.shape, storage, sizes, (0,) * len(sizes)))
+    used = math.prod(local_shape(tensor.shape, use, sizes, (0,) * len(sizes)))
+    size = tensor.bytes / max(tensor.numel, 1)
+    held = (stored + (used if used > stored else 0)) * size
+    if not trainable:
+        return held, 0.0, 0.0
+    state = 8 + (4 if size < 4 else 0) if size <= 4 else 2 * size
+    return held, held, stored * state
+
+
+def kinds(space: Space, blocks: Sequence[Block], placed: Placements, costs: BlockCosts, count: Sequence[int]) -> list[dict[str, Any]]:
+    """A row per way in which blocks run: what it is, how often, its seconds and bytes, where its parameters lie, how its matmuls run."""
+    graph = space.split.graph
+    ops = {op.name: op for op in graph.ops}
+    rows: dict[object, dict[str, Any]] = {}
+    for i, block in enumerate(blocks):
+        named = [ops[n] for n in block.ops]
+        params = dict.fromkeys(n for op in named for n in op.inputs if graph.values[n].role == "param")
+        storage = {graph.values[n].path: _text(placed.storage[n]) for n in params}
+        heavy = {op.name: _text(placed.ops[op.name]) for op in named if any(n in params for n in op.inputs) and len(op.outs) == 1}
+        key = (block.kind, tuple(storage.values()), tuple(heavy.values()))
+        if key in rows:
+            rows[key]["count"] += int(count[i])
+            continue
+        rows[key] = {
+            "kind": block.kind,
+            "count": int(count[i]),
+            "label": next((op.module for op in named if any(n in params for n in op.inputs) and op.module), named[0].module),
+            "seconds": float(costs.seconds[i]),
+            "saved_bytes": int(costs.saved[i]),
+            "storage": storage,
+            "ops": heavy,
+        }
+    return list(rows.values())
+
+
+def _text(each: Layout | Pair) -> str:
+    return " ; ".join(map(str, each))
