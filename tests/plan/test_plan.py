@@ -10,8 +10,8 @@ from autoshard.errors import DeadlockError, NoPlanError, PlanFileError, StalePla
 from autoshard.lower import compile
 from autoshard.plan import schedules
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.plan import Plan
 from autoshard.plan.fold import fold
+from autoshard.plan.plan import Plan
 from autoshard.plan.search import random_plan, search
 from autoshard.trace.capture import Captured, capture
 
@@ -116,7 +116,7 @@ def test_planning_does_not_grow_with_depth() -> None:
 
 
 def test_what_does_not_fit_says_by_how_much(captured: Captured) -> None:
-    with pytest.raises(NoPlanError, match="no plan fits: the nearest needs .* more than"):
+    with pytest.raises(NoPlanError, match=r"no plan fits: the nearest needs .* more than"):
         search(captured.graph, Cluster.load("h100x2"), memory=100.0)
 
 
