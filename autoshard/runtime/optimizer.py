@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from ..errors import OptimizerError
+
+log = logging.getLogger("autoshard")
 
 ELEMENTWISE = (
     optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.Adamax, optim.NAdam, optim.RAdam, optim.Rprop, optim.ASGD,
@@ -69,6 +72,10 @@ class ShardedOptimizer(optim.Optimizer):
                 options["fused"] = True
         self.inner = cls(_groups(self.named, self.masters, groups, names), **options)
         super().__init__(self.inner.param_groups, self.inner.defaults)
+        self.norm: Tensor | None = None
+        """The gradients' norm over all ranks, if it was taken since the last step."""
+        self.skipped = 0
+        """Steps that were left out because it wasn't finite."""
         self._share()
 
     def _share(self) -> None:
@@ -80,6 +87,11 @@ class ShardedOptimizer(optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        norm, self.norm = self.norm, None
+        if norm is not None and not torch.isfinite(norm):
+            self.skipped += 1
+            log.warning("the gradients' norm is %s: the step is left out on every rank (%d so far)", float(norm), self.skipped)
+            return loss
         for name, param in self.named:
             if name in self.masters:
                 self.masters[name].grad = None if param.grad is None else param.grad.float()

@@ -338,7 +338,8 @@ class Trainable(ABC):
         return made
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """As torch.nn.utils.clip_grad_norm_ on the whole model (a collective call). The total norm before clipping."""
+        """As torch.nn.utils.clip_grad_norm_ on the whole model (a collective call). The total norm before clipping. Where that isn't
+        finite, the next step of every optimizer leaves the parameters alone, on all ranks alike."""
         norm_type = float(norm_type)
         if norm_type <= 0:
             raise ValueError(f"norm_type is {norm_type}; expected a positive number, or inf")
@@ -359,6 +360,8 @@ class Trainable(ABC):
         grads = [param.grad for param in self.parameters() if param.grad is not None]
         if grads:
             torch._foreach_mul_(grads, scale)
+        for optimizer in self.optimizers:
+            optimizer.norm = total
         return total
 
 

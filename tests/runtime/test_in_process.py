@@ -136,3 +136,22 @@ def test_an_error_inside_a_module_says_where():
     with pytest.raises(RuntimeError) as caught:
         ours.train_step(x=torch.zeros(8, 5, dtype=torch.float64), y=torch.zeros(8, 2, dtype=torch.float64))
     assert caught.value.__notes__ == ["on rank 0, at F0.0"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_without_finite_gradients_is_left_out_on_every_rank(bad):
+    trainer = InProcess(program(dtype="float64"), Plain(torch.float64))
+    optimizer = trainer.optimizer(torch.optim.AdamW, lr=0.05)
+    before = trainer.state_dict()
+    poisoned = {name: (tensor * bad if tensor.is_floating_point() else tensor) for name, tensor in batch(torch.float64).items()}
+    trainer.train_step(**poisoned)
+    assert not torch.isfinite(trainer.clip_grad_norm_(1.0))
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.skipped == 1 and all(torch.equal(t, before[name]) for name, t in trainer.state_dict().items())
+    trainer.train_step(**batch(torch.float64))
+    trainer.clip_grad_norm_(1.0)
+    optimizer.step()
+    after = trainer.state_dict()
+    assert optimizer.skipped == 1 and all(torch.isfinite(t).all() for t in after.values())
+    assert any(not torch.equal(t, before[name]) for name, t in after.items())

@@ -165,6 +165,33 @@ class FrozenAdapter(nn.Module):
         return F.cross_entropy((self.base.head(x) + self.up(self.down(x))).flatten(0, 1), labels.flatten())
 
 
+class LoRA(nn.Module):
+    """A frozen linear and a trained product of rank 4 beside it, as adapter libraries wrap linears."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Linear(base.in_features, 4, bias=False), nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.5 * self.b(self.a(x))
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """Everything frozen, every linear inside of a block wrapped."""
+    model.requires_grad_(False)
+    linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.startswith("blocks.")]
+    for path, linear in linears:
+        model.set_submodule(path, LoRA(linear))
+    return model
+
+
+@seeded
+def low_rank() -> Built:
+    ids = tokens()
+    return adapted(layers.Decoder(VOCAB, **LLAMA)), {"ids": ids, "labels": uneven_labels(ids)}
+
+
 def images(batch_norm: bool) -> Callable[[], Built]:
     def build() -> Built:
         draw = torch.Generator().manual_seed(2)
@@ -235,4 +262,5 @@ CASES: dict[str, Case] = {
     "plain_mixer": Case(mixer, loss=mean_square),
     "plain_encoder_decoder": Case(encoder_decoder),
     "plain_frozen": Case(frozen, dense=False),
+    "plain_lora": Case(low_rank, dense=False),
 }
