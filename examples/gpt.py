@@ -7,6 +7,7 @@ integers), in nats a token; without targets it returns the logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,6 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def build(seq: int = 128, **sizes: int) -> GPT:
+def build(seq: int = 128, **sizes: Any) -> GPT:
     """A GPT for sequences of up to `seq` tokens; `sizes` are the other fields of `Config`."""
     return GPT(Config(seq=seq, **sizes))

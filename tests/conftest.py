@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "gpu" not in (config.option.markexpr or ""):  # ranks are forked here, which a process that has used CUDA can't do; `-m gpu` runs those that need it
+    if "gpu" not in (config.option.markexpr or ""):  # ranks are forked here, which a process that has used CUDA can't do
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

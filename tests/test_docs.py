@@ -1,4 +1,4 @@
-"""What the documentation shows, runs: the python blocks of each page, one after another; the notebooks; every file that is linked is there."""
+"""What the documentation shows, runs: the python blocks of each page in order, and the notebooks; every file that is linked is there."""
 
 from __future__ import annotations
 

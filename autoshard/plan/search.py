@@ -21,7 +21,8 @@ from ..errors import NoPlanError
 from ..layout import I, Layout, R, S, Type
 from ..mesh import Mesh
 from ..trace.blocks import Block, find_blocks
-from ..trace.graph import Graph
+from ..trace.graph import Graph, Op
+from ..trace.ops.table import TABLE
 from . import schedules
 from .cluster import Cluster
 from .estimate import BlockCosts, block_costs, kinds
@@ -460,8 +461,25 @@ class _Search:
             found.predicted["kinds"] = kinds(inner.space, inner.blocks, inner.placed, inner.short, times.tolist())
         return Plan(
             self.fingerprint, mesh, found.count, found.schedule, found.cuts, placed.ops, placed.storage, placed.inputs, lists,
-            found.predicted, list(split.graph.notes),
+            found.predicted, [*split.graph.notes, *_unruled(split, placed, inner.prices, inner.space.sizes)],
         )  # fmt: skip
+
+
+def _unruled(split: TimeSplit, placed: Placements, prices: Prices | RandomPrices, sizes: tuple[int, int]) -> list[str]:
+    """What runs whole on every rank because it has no rule: how often, what that costs in a step, and the first line of the model."""
+    if math.prod(sizes) == 1:
+        return []
+    found: dict[str, list[Op]] = {}
+    for op in split.graph.ops:
+        if op.name not in split.data and op.name not in split.once and op.target not in TABLE:
+            found.setdefault(op.target, []).append(op)
+    notes = []
+    for target, ops in found.items():
+        times = f"{len(ops)} times" if len(ops) > 1 else "once"
+        if isinstance(prices, Prices):
+            times += f", {sum(prices.one(op, split.graph, placed.ops[op.name], sizes) for op in ops):.2g} s a step"
+        notes.append(f"{target} has no rule and runs whole on every rank of dp and tp ({times}): {ops[0].source or 'of unknown source'}")
+    return notes
 
 
 def _held(space: Space, placed: Placements) -> dict[str, Layout]:

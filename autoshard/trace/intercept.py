@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import logging
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,9 @@ def quiet() -> Iterator[None]:
     noisy = logging.getLogger("torch._subclasses.fake_tensor")
     before, noisy.disabled = noisy.disabled, True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance(treespec, LeafSpec)`", FutureWarning)  # torch's own, of its own copies
+            yield
     finally:
         del space["print"]
         noisy.disabled = before

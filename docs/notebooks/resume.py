@@ -1,6 +1,7 @@
 # %% [markdown]
 # # Train, stop, resume elsewhere
-# All ranks of a program can be played in one process, exactly as they run on real ones. Here a run on `dp=2 tp=2` is saved and goes on under `pp=2`.
+# All ranks of a program can be played in one process, exactly as they run on real ones. Here a run on `dp=2 tp=2` is saved, and
+# goes on under `pp=2`.
 
 # %%
 import tempfile

@@ -37,7 +37,7 @@ TOLERANCE = 1e-9
 SMALL = 1e-4
 """A gradient is compared with its own largest element, or this part of the largest of all gradients (some are zero but for rounding)."""
 FLOOR = 1e-4
-"""Nothing is compared with less: values are near 1, and where all of them cancel (a sum of what has its mean subtracted) rounding is left."""
+"""Nothing is compared with less: values are near 1, and where they cancel (a sum of what has its mean subtracted) rounding is left."""
 _draw, _mix = bodies.dropout_mask, mix  # the reference's own, whatever is patched later
 
 
