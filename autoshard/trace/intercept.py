@@ -67,7 +67,7 @@ def quiet() -> Iterator[None]:
     before, noisy.disabled = noisy.disabled, True
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`isinstance(treespec, LeafSpec)`", FutureWarning)  # torch's own, of its own copies
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)  # torch's own, of its own copies
             yield
     finally:
         del space["print"]
