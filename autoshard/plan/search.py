@@ -358,8 +358,18 @@ class _Search:
         assert inner.costs is not None
         loop = float(inner.costs.seconds.sum()) * count
         bound = _Bound(count, loop + float(inner.costs.once.sum()), loop)
-        cuts = self._cuts(inner.costs, stages, in_flight, bound)
-        return _Candidate(mesh, count, schedule, cuts, inner, bound, self._predict(inner, mesh, count, cuts, schedule, in_flight))
+        room = self.limit
+        for _ in range(2):  # where to cut decides what is sent, and its buffers need room too
+            cuts = self._cuts(inner.costs, stages, in_flight, bound, room)
+            found = _Candidate(mesh, count, schedule, cuts, inner, bound, self._predict(inner, mesh, count, cuts, schedule, in_flight))
+            missing = found.memory - self.limit
+            if missing <= 0 or "cuts" in self.pins:
+                return found
+            room = self.limit - missing
+        raise _Refused(
+            f"out of memory: needs {_gib(found.memory)} a rank, {_gib(missing)} more than the {_gib(self.limit)} that are there", bound,
+            memory_bytes=found.memory, missing_bytes=int(missing),
+        )  # fmt: skip
 
     def _least(self, mesh: Mesh) -> None:
         """Refuse a mesh on which even evenly divided parameters and gradients, as the loop uses them, are too large."""
@@ -376,10 +386,10 @@ class _Search:
             raise NoPlanError(f"cuts {cuts} don't make {stages} stages of {blocks} blocks")
         return cuts
 
-    def _cuts(self, costs: BlockCosts, stages: int, in_flight: Sequence[int], bound: _Bound) -> tuple[int, ...]:
+    def _cuts(self, costs: BlockCosts, stages: int, in_flight: Sequence[int], bound: _Bound, room: float) -> tuple[int, ...]:
         if "cuts" in self.pins:
             return self._pinned_cuts(len(costs.seconds), stages)
-        found, least = balance(costs.for_stages(), stages, in_flight, self.limit)
+        found, least = balance(costs.for_stages(), stages, in_flight, room)
         if found is None:
             missing = int(least - self.limit)
             reason = f"needs {_gib(least)} a rank, {_gib(missing)} more than the {_gib(self.limit)} that are there"
