@@ -11,6 +11,7 @@ The first failure is kept too (`failed`): when a connection breaks, the ranks th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import linecache
@@ -137,12 +138,20 @@ _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _COLLECTIVE = ("c10d", "wait_tensor", ".wait(", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier")
 
 
+def _line(name: str, line: int) -> str:
+    """The text of a source line. The main thread may be filling the cache of sources at this moment: then it is unknown, once."""
+    try:
+        return linecache.getline(name, line).strip()
+    except Exception:
+        return ""
+
+
 def stands(frame: FrameType | None) -> tuple[str, bool]:
     """("file:line in function", whether that is communication): the innermost line of the user's, or of a generated graph."""
     waiting, place, depth = False, "", 0
     while frame is not None:
         name, line = frame.f_code.co_filename, frame.f_lineno
-        text = linecache.getline(name, line).strip()
+        text = _line(name, line)
         generated = name.startswith("<")
         inside = "torch/distributed" in name or "torch/_ops" in name
         if depth < 8 and not waiting and not place:
@@ -202,8 +211,11 @@ class Watchdog:
         self.threads = [threading.Thread(target=f, name=f"autoshard-{f.__name__}", daemon=True) for f in (self.watch, self.talk)]
         for thread in self.threads:
             thread.start()
+        # a thread that comes back from the store's C++ into an interpreter that is ending would abort the process
+        atexit.register(self.close)
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self.ending.set()
         for thread in self.threads:
             thread.join(2 * TICK)
@@ -377,10 +389,14 @@ def keep_quiet(watchdog: Watchdog) -> None:
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:
+        told = isinstance(error, RankError) and error.quiet
         if not isinstance(error, RankError):
             with contextlib.suppress(Exception):
-                watchdog.fail(f"{kind.__name__}: {error}")
-        if not (isinstance(error, RankError) and error.quiet):
+                text = f"{kind.__name__}: {error}"
+                first, _, said = watchdog.fail(text).partition(" ")
+                # a mistake that every rank finds by itself (a wrong mesh) is told by one
+                told = isinstance(error, AutoshardError) and first != str(watchdog.rank) and said == text[: len(said)] != ""
+        if not told:
             if isinstance(error, AutoshardError):
                 print(f"{kind.__name__}: {error}", file=sys.stderr, flush=True)
             else:

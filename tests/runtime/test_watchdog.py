@@ -44,3 +44,14 @@ def test_where_a_thread_stands() -> None:
 
 def test_a_killed_rank_comes_back_at_the_first_restart() -> None:
     assert recovers()
+
+
+def test_a_source_line_that_cannot_be_read_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import linecache
+    import sys
+
+    def broken(name: str, line: int) -> str:
+        raise TypeError("'<=' not supported between instances of 'int' and 'NoneType'")
+
+    monkeypatch.setattr(linecache, "getline", broken)
+    assert stands(sys._getframe())[0].endswith("in test_a_source_line_that_cannot_be_read_is_left_out")
