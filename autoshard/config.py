@@ -170,10 +170,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if path.stat().st_size > MAX_FILE:
             raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE}", where=f"{path}:1:1")
         text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError("there is no such config", where=f"{path}:1:1", hint="autoshard train --print-config writes one") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"can't read the config: {error}", where=f"{path}:1:1", hint="autoshard train --print-config writes one"
-        ) from error
+        raise ConfigError(f"can't read the config: {error}", where=f"{path}:1:1") from error
     return parse(text, str(path), overrides)
 
 

@@ -157,17 +157,17 @@ def _flat(breakdown: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
     """Nested tables as dotted labels. Names that end in `bytes` hold bytes; other numbers are seconds."""
     rows: list[tuple[str, str]] = []
     for key, value in breakdown.items():
-        label = f"{prefix}{key}"
+        label = f"{prefix}{key}".removesuffix("_seconds").removesuffix("_fraction").replace("_", " ")
         if isinstance(value, Mapping):
             rows += _flat(value, f"{label}.")
         elif isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value):
             rows += [(f"{label}, stage {i}", text) for i, v in enumerate(value) for _, text in _flat({key: v}, prefix)]
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             rows.append((label, str(value)))
-        elif label.endswith("fraction"):
+        elif key.endswith("fraction"):
             rows.append((label, f"{100 * value:.1f} %"))
         else:
-            rows.append((label, bytes_text(value) if label.endswith("bytes") or prefix.endswith("bytes.") else seconds_text(value)))
+            rows.append((label, bytes_text(value) if key.endswith("bytes") or prefix.endswith("bytes.") else seconds_text(value)))
     return rows
 
 

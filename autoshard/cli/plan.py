@@ -44,13 +44,13 @@ def plan(
     cluster: Annotated[str, typer.Option("--cluster", "-c", help="A YAML file, or a catalogue name with a count (h100x64, cpux4).")],
     batch: Annotated[int | None, typer.Option("--batch", "-b", min=1, help="Sequences in the global batch.", show_default=False)] = None,
     seq: Annotated[int | None, typer.Option("--seq", "-s", min=1, help="Tokens in a sequence.", show_default=False)] = None,
-    mesh: Annotated[str | None, typer.Option(help='Degrees to hold fixed, as "dp=8 tp=8"; otherwise all are tried.')] = None,
+    mesh: Annotated[str | None, typer.Option(help='The degrees, as "dp=8 tp=8" (an axis not named is 1); otherwise all are tried.')] = None,
     microbatches: Annotated[int | None, typer.Option(min=1, help="Their count; otherwise several are tried.")] = None,
     memory: Annotated[str | None, typer.Option(help="What a rank may hold, as 64GiB; otherwise what its device has.")] = None,
     pin: Annotated[
         list[str] | None,
         typer.Option(help="A decision to hold fixed, as key=value; may be given again. zero=false, schedule=gpipe, cuts=[0,4], "
-                     "storage.PARAMETER=S(0), ops.OP=STRATEGY."),
+                     "storage.PARAMETER=S(0), ops.OP=STRATEGY (names and strategies as in a saved plan)."),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan here (YAML; train with it as parallel.plan).")] = None,
     save_graph: Annotated[Path | None, typer.Option(help="Write the captured graph here (JSON; plan from it without torch).")] = None,
@@ -63,6 +63,7 @@ def plan(
     The model is built on the meta device: nothing is allocated, and no accelerator is needed.
     """
     from ..config import bytes_of
+    from ..errors import MeshError
     from ..mesh import Mesh
     from ..plan.cluster import Cluster
     from ..plan.search import search
@@ -70,6 +71,8 @@ def plan(
 
     machine = Cluster.load(cluster)
     degrees = Mesh.parse(mesh) if mesh is not None else None
+    if degrees is not None and degrees.ranks > machine.ranks:
+        raise MeshError(f"--mesh {mesh} has {degrees.ranks} ranks, but {cluster} has {machine.ranks}", hint="an axis that isn't named is 1")
     limit = None if memory is None else bytes_of(memory)
     pins = pins_of(pin or [])
     captured, graph = _graph(model, batch, seq, lower_rank)
@@ -88,6 +91,9 @@ def plan(
         sys.stdout.write(json.dumps(data, indent=1) + "\n")
         return
     show.print_all(view, full)
+    for path in (save, save_graph):
+        if path is not None:
+            sys.stdout.write(f"wrote {path}\n")
     if source is not None:
         sys.stdout.write("\n" + source)
 
@@ -101,6 +107,9 @@ def _graph(model: str, batch: int | None, seq: int | None, lower_rank: int | Non
     if source.kind == "graph":
         if lower_rank is not None:
             raise ConfigError("a saved graph can't be lowered: it holds no constants", hint="give the model that it was made from")
+        for name, value in (("--batch", batch), ("--seq", seq)):
+            if value is not None:
+                _usage("a saved graph has its batch and sequence length already; for others, capture the model again", name)
         return None, source.load_graph()
     for name, value in (("--batch", batch), ("--seq", seq)):
         if value is None:

@@ -32,6 +32,7 @@ from ..trace.blocks import find_blocks, is_heavy
 from ..trace.graph import ITEMSIZE, Graph
 
 MAX_RUNNERS = 8
+LEGEND = "dp, tp: S(d) is cut along dim d, P a sum still to be added up, R and I are whole on each rank; operands -> results"
 
 
 def pattern(path: str) -> str:
@@ -203,6 +204,7 @@ def tables(view: View, full: bool = False) -> Group:
     if view.plan.runners_up:
         shown.append(_runners(view))
     shown += [Text(f"note: {note}") for note in view.plan.notes]
+    shown.append(Text(LEGEND, style="dim"))
     return Group(*shown)
 
 
@@ -220,11 +222,11 @@ def _summary(view: View) -> RenderableType:
     table.add_row("mesh", " × ".join(f"{n}={s}" for n, s in zip(plan.mesh.names, plan.mesh.sizes, strict=True)))
     table.add_row("microbatches", f"{plan.microbatches}, schedule {plan.schedule}")
     table.add_row("step", seconds_text(plan.predicted["step_seconds"]) if "step_seconds" in plan.predicted else "–")
-    if view.memory:
-        table.add_row("memory", f"{bytes_text(max(view.memory))} of {bytes_text(view.limit)} a rank")
-    for name, value in view.breakdown():
+    for name, value in view.breakdown():  # parts of the step
         if not isinstance(value, (list, dict)):
             table.add_row(f"  {name.removesuffix('_seconds').removesuffix('_fraction').replace('_', ' ')}", _quantity(name, value))
+    if view.memory:
+        table.add_row("memory", f"{bytes_text(max(view.memory))} of {bytes_text(view.limit)} a rank")
     return table
 
 

@@ -51,6 +51,7 @@ def test_from_a_function_with_everything_written(tmp_path: Path, capfd: pytest.C
     arguments = ["plan", GPT, "-c", "cpux2", *SIZE, "--mesh", "dp=2", "--save", str(plan), "--save-graph", str(graph), "--lower-rank", "1"]
     assert run([*arguments, "--pin", "zero=false"]) == 0
     out = capfd.readouterr().out
+    assert f"wrote {plan}" in out and f"wrote {graph}" in out
     assert "# rank 1 of" in out and "def m0_forward" in out
     saved = Plan.load(plan)
     assert saved.mesh.ranks == 2 and all(layout[0].kind == "I" for layout in saved.storage.values())
@@ -113,3 +114,10 @@ def test_why_others_lost() -> None:
     assert why(missing_bytes=3 * 2**30, reason="out of memory") == "doesn't fit: 3 GiB too much a rank"
     assert why(at_least_seconds=3.0, reason="at least 50.0 % slower, so not solved") == "at least 50.0 % slower, so not solved"
     assert why(step_seconds=2.0) == "as fast; the first found was taken"
+
+
+def test_what_would_be_passed_over_is_refused(graph: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(graph), "-c", "cpux4", "--mesh", "dp=3 tp=2"]) == 3
+    assert "has 6 ranks, but cpux4 has 4" in capfd.readouterr().err
+    assert run(["plan", str(graph), "-c", "cpux4", "--batch", "4"]) == 2
+    assert "a saved graph has its batch" in capfd.readouterr().err
