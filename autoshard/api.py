@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import MeshError
+from .errors import CaptureError, MeshError
 from .lower import compile as lower
 from .lower.program import Program
 from .mesh import AXES, Mesh
@@ -95,9 +95,12 @@ class Rooms:
         model = self.whole
         with contextlib.nullcontext() if training else _eval_mode(model):
             captured = self.comm.together(lambda: wanted.kept_by(capture(model, args, kwargs, wanted.loss or self.loss, self.batch_dims)))
+        mine = fingerprint(captured.graph)
+        first = self.comm.share(mine)
+        self.comm.together(lambda: _same_graph(mine, first))
         for known in self.programs:
             # evaluation without dropout or batch statistics captures as training does
-            if known.plan.graph == fingerprint(captured.graph):
+            if known.plan.graph == mine:
                 return known, captured
         text = self.comm.together(lambda: self.planned(captured, like).to_yaml() if self.comm.rank == 0 else "")
         plan = Plan.from_yaml(self.comm.share(text))
@@ -141,6 +144,15 @@ class Rooms:
 def _plain(module: nn.Module) -> list[Tensor]:
     """Tensors that are attributes without being parameters or buffers: constants of the graph."""
     return [value for value in vars(module).values() if isinstance(value, Tensor)]
+
+
+def _same_graph(mine: str, first: str) -> None:
+    """A model whose forward goes through a Python set of words does so in an order that every process draws anew."""
+    if mine != first:
+        raise CaptureError(
+            f"this rank captures the model as graph {mine}, rank 0 as {first}",
+            hint="if its code loops over a set, start all ranks with the same PYTHONHASHSEED; else look for what differs by rank",
+        )
 
 
 def _same_storage(program: Program) -> dict[str, Any]:

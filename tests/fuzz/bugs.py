@@ -6,6 +6,7 @@ there for a while. What each does is its docstring.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from autoshard import layout
 from autoshard.layout import I, R, transition
 from autoshard.lower import bodies, collectives, partition, program
 from autoshard.plan import microbatch
-from autoshard.runtime import executor
+from autoshard.runtime import executor, trainable
 from autoshard.runtime.requests import Send
 from autoshard.trace.ops import rule, shapes, table
 
@@ -262,15 +263,15 @@ def split_sizes_of_another_rank(original):  # type: ignore[no-untyped-def]
     return localize
 
 
-@bug((program.Slot, "take"))
+@bug((trainable, "_shard"))
 def stored_shards_in_the_wrong_order(original):  # type: ignore[no-untyped-def]
     """What dp stores in shards is dealt out back to front."""
 
-    def take(self, whole):  # type: ignore[no-untyped-def]
-        dp = self.sizes[0] - 1 - self.coords[0] if self.layout[0].kind == "S" else self.coords[0]
-        return original(program.Slot(self.path, self.tensor, self.layout, self.trainable, self.sizes, (dp, self.coords[1])), whole)
+    def shard(whole, slot, device):  # type: ignore[no-untyped-def]
+        dp = slot.sizes[0] - 1 - slot.coords[0] if slot.layout[0].kind == "S" else slot.coords[0]
+        return original(whole, dataclasses.replace(slot, coords=(dp, slot.coords[1])), device)
 
-    return take
+    return shard
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
