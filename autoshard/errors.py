@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class AutoshardError(Exception):
     """Base of every error that autoshard raises on purpose. `where` is the user's own source line or file, if known.
@@ -45,9 +47,15 @@ class MeshError(AutoshardError, ValueError):
 
 
 class NoPlanError(AutoshardError, ValueError):
-    """No legal plan exists under the constraints given."""
+    """No legal plan exists under the constraints given. `candidates`: what was looked at, as rows like those of `Plan.runners_up`;
+    `short`: whether memory is what the nearest of them lacks."""
 
     exit_code = 4
+    short = False
+
+    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.candidates: list[dict[str, Any]] = []
 
 
 class StalePlanError(AutoshardError, ValueError):

@@ -83,7 +83,7 @@ def search(
         except Unlike:
             folding = False
         except NoPlanError as error:
-            if hold or not getattr(error, "short", False):
+            if hold or not error.short:
                 raise refused or error from None
             hold, refused = FRUGAL, error
 
@@ -193,8 +193,8 @@ class _Race:
         near = f": the nearest needs {_gib(missing)} more than the {_gib(self.searcher.limit)} of a rank" if missing else ""
         hint = "more ranks, a shorter sequence or a smaller batch need less memory" if missing else ""
         error = NoPlanError(f"no plan fits{near}:\n  " + "\n  ".join(lines[: 6 if more else 7] or ["nothing to try"]) + more, hint=hint)
-        error.short = missing is not None  # type: ignore[attr-defined]
-        error.candidates = self.lost  # type: ignore[attr-defined]
+        error.short = missing is not None
+        error.candidates = self.lost
         return error
 
 
