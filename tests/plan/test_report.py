@@ -43,7 +43,7 @@ plan
 │ memory, stage 1      │ 1.5 GiB   │
 ├──────────────────────┼───────────┤
 │ compute              │ 1 s       │
-│ stage 0.params_bytes │ 1 KiB     │
+│ stage 0.params bytes │ 1 KiB     │
 └──────────────────────┴───────────┘"""
     )
 
