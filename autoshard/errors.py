@@ -47,15 +47,17 @@ class MeshError(AutoshardError, ValueError):
 
 
 class NoPlanError(AutoshardError, ValueError):
-    """No legal plan exists under the constraints given. `candidates`: what was looked at, as rows like those of `Plan.runners_up`;
-    `short`: whether memory is what the nearest of them lacks."""
+    """No legal plan exists under the constraints given. `candidates`: what was looked at, as rows like those of `Plan.runners_up`."""
 
     exit_code = 4
-    short = False
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(message, where=where, hint=hint)
         self.candidates: list[dict[str, Any]] = []
+
+
+class PinError(AutoshardError, ValueError):
+    """A pin holds what isn't there, or in a way that can't be: every fault at once, with what could have been meant."""
 
 
 class StalePlanError(AutoshardError, ValueError):

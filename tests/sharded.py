@@ -12,7 +12,7 @@ from autoshard.lower.differentiate import differentiate
 from autoshard.lower.partition import Partitioner, value_name
 from autoshard.mesh import Mesh
 from autoshard.plan.microbatch import TimeSplit
-from autoshard.plan.placement import Placements
+from autoshard.plan.space import Placements
 from autoshard.runtime.coroutine import coroutine
 from autoshard.runtime.in_process import Player
 

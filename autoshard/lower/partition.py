@@ -17,7 +17,8 @@ import torch
 from torch.fx import traceback
 
 from ..layout import Layout, Type, dim_positions, local_shape, segments
-from ..plan.placement import AXES, Pair, path
+from ..plan.moves import path
+from ..plan.space import AXES, Pair
 from ..trace.graph import Graph, Op, Ref, Tensor, map_refs
 from ..trace.interpret import call
 from ..trace.ops.local import localize

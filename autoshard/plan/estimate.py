@@ -6,20 +6,19 @@ In: the graph of one microbatch, its blocks, the placements chosen, prices. Out:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from ..layout import Layout, local_shape
+from ..layout import Layout
 from ..trace.blocks import Block
-from ..trace.graph import Tensor
 from .costs.memory import FRAGMENTATION
-from .placement import Pair, Placements, Space
+from .footprint import param_bytes
 from .prices import Prices
 from .saved import saved
+from .space import Pair, Placements, Space
 from .stages import Costs
 
 
@@ -106,19 +105,6 @@ def block_costs(space: Space, blocks: Sequence[Block], placed: Placements, price
             kept[key] = saved([ops[n] for n in block.ops], placed.ops, held, graph, space.sizes)
         costs.saved[i], costs.working[i] = kept[key]
     return costs
-
-
-def param_bytes(tensor: Tensor, storage: Layout, use: Layout, sizes: tuple[int, ...], trainable: bool) -> tuple[float, float, float]:
-    """(parameter, gradient, optimizer): as stored, with two moments and a float32 master where it is half; and as used in the loop,
-    where that is more than what is stored."""
-    stored = math.prod(local_shape(tensor.shape, storage, sizes, (0,) * len(sizes)))
-    used = math.prod(local_shape(tensor.shape, use, sizes, (0,) * len(sizes)))
-    size = tensor.bytes / max(tensor.numel, 1)
-    held = (stored + (used if used > stored else 0)) * size
-    if not trainable:
-        return held, 0.0, 0.0
-    state = 8 + (4 if size < 4 else 0) if size <= 4 else 2 * size
-    return held, held, stored * state
 
 
 def kinds(space: Space, blocks: Sequence[Block], placed: Placements, costs: BlockCosts, count: Sequence[int]) -> list[dict[str, Any]]:

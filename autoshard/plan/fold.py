@@ -63,6 +63,10 @@ class Folded:
         assert len(found) == self.blocks, (len(found), self.blocks)
         return found
 
+    def like(self, blocks: int) -> list[int]:
+        """`spread`, where the short graph has so many blocks; without runs every block is like itself."""
+        return self.spread if self.runs else list(range(blocks))
+
 
 def fold(graph: Graph) -> Folded:
     """The short graph of a captured graph; the graph itself (without what no root needs) where nothing repeats often enough."""

@@ -9,13 +9,15 @@ to be whole (a batch norm's statistics, an op without a batch rule) there is no 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..layout import P, R, Type, dim_positions, local_shape
 from ..trace.blocks import data_only
 from ..trace.graph import Graph, Op, Ref, Tensor, Value, map_refs
 from ..trace.ops.local import localize
-from ..trace.ops.rule import Strategy, strategies
+from ..trace.ops.rule import Rule, Strategy, strategies
 from ..trace.ops.table import rule_of
 
 
@@ -35,6 +37,30 @@ class TimeSplit:
     """Ops of the loop that depend on data alone."""
     kept: dict[str, Type] = field(default_factory=dict)
     """What a step hands out besides the loss: its name → its time type."""
+
+    @functools.cached_property
+    def rules(self) -> dict[str, Rule]:
+        """The rule of every op; ops that are alike share theirs, as an object."""
+        values, known, found = self.graph.values, {}, {}
+        for op in self.graph.ops:
+            key = alike(op, values)
+            if key not in known:
+                known[key] = rule_of(op, values)
+            found[op.name] = known[key]
+        return found
+
+
+def alike(op: Op, values: Mapping[str, Value]) -> Hashable:
+    """Equal for ops that compute the same of values that are alike."""
+    number: dict[str, int] = {}
+
+    def of(ref: Ref) -> Ref:
+        return Ref(str(number.setdefault(ref.name, len(number))))
+
+    arguments = repr(map_refs((op.args, op.kwargs), of))
+    # an opaque region's rule may look at anything
+    name = op.name if "opaque" in op.target else ""
+    return (op.target, arguments, name, *((values[n].tensor, values[n].role, values[n].grad) for n in (*number, *op.outs)))
 
 
 def prune(graph: Graph) -> Graph:

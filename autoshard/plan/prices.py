@@ -19,7 +19,8 @@ from ..trace.ops.rule import Rule, Strategy
 from .cluster import Cluster
 from .costs import collective
 from .costs.compute import memory_seconds, op_seconds
-from .placement import AXES, Pair
+from .moves import path
+from .space import AXES, Pair
 
 OPTIMIZER_BYTES = 28
 """Bytes moved per parameter element by an AdamW step (parameter, gradient and two moments, read and written, in float32)."""
@@ -57,8 +58,7 @@ class Prices:
 
     share = True
 
-    def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int, divide: bool = False, hold: float = 0.0) -> None:
-        self.hold = hold
+    def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int, divide: bool = False) -> None:
         self.cluster, self.mesh, self.per_step, self.divide = cluster, mesh, 1.0 / microbatches, divide
         self.device = cluster.device
         self.memo: dict[object, float] = {}
@@ -102,7 +102,6 @@ class Prices:
 
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
         """A transition and its gradient's, axis by axis."""
-        from .placement import path
 
         key = (tensor, a, b, grad)
         if key in self.memo:
@@ -175,7 +174,6 @@ class RandomPrices:
     """Random costs, finite wherever a plan is legal: the cheapest plan is then a random legal plan."""
 
     per_step = 1.0
-    hold = 0.0
     share = False
 
     def __init__(self, seed: int) -> None:

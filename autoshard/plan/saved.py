@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..layout import Layout, local_shape, transition
+from ..layout import I, Layout, R, local_shape, transition
 from ..trace.blocks import HEAVY
-from ..trace.graph import ITEMSIZE, Graph, Op, Tensor
-from .placement import Pair, path
+from ..trace.graph import Graph, Op
+from ..trace.ops.rule import Strategy
+from .moves import local_bytes, path
+from .space import Pair, Space
 
 MATMULS = frozenset("linear mm bmm matmul einsum conv1d conv2d conv3d convolution".split())
 NOTHING = frozenset(
@@ -84,6 +86,18 @@ def saved(
     return _Block(graph, sizes, held).run(ops, placed)
 
 
+def kept_values(ops: Sequence[Op], graph: Graph, space: Space) -> dict[str, tuple[str, ...]]:
+    """The values that the block would keep on one device, each with the ops whose backward reads it."""
+    whole = {v.name: (I, I) if v.grad else (R, R) for v in graph.values.values()}
+    pairs = {
+        op.name: tuple(Strategy(tuple(whole[n][0] for n in op.inputs), tuple(whole[n][0] for n in op.outs)) for _ in range(2)) for op in ops
+    }
+    block = _Block(graph, (1, 1), whole)
+    block.run(ops, pairs)
+    readers = {name: tuple(by) for name, by in block.readers.items()}
+    return {key[0]: readers.get(key[0], ()) for key in block.kept if block.bytes[key]}
+
+
 class _Block:
     def __init__(self, graph: Graph, sizes: tuple[int, ...], held: Mapping[str, Layout]) -> None:
         self.graph, self.sizes, self.held = graph, sizes, held
@@ -95,6 +109,8 @@ class _Block:
         self.made: dict[str, Layout] = {}
         self.pinned: set[Key] = set()
         self.extra = 0.0
+        self.readers: dict[str, list[str]] = {}
+        self.kept: list[Key] = []
 
     def run(self, ops: Sequence[Op], placed: Mapping[str, Pair]) -> tuple[float, float]:
         read: dict[Key, None] = {}
@@ -115,7 +131,8 @@ class _Block:
         for key in read:
             self.flow.add(self.pair[key][1], self.sink, float("inf"))
         side = self.flow.cut(self.source, self.sink)
-        kept = sum(self.bytes[k] for k, (a, b) in self.pair.items() if a in side and b not in side)
+        self.kept = [k for k, (a, b) in self.pair.items() if a in side and b not in side]
+        kept = sum(self.bytes[k] for k in self.kept)
         largest = sorted((b for k, b in self.bytes.items() if k not in self.base), reverse=True)[:3]
         return kept + self.extra, sum(largest)
 
@@ -148,6 +165,8 @@ class _Block:
             wanted = [*ins, *outs]
         for key in wanted:
             read[key] = None
+            if key[0] not in op.outs:
+                self.readers.setdefault(key[0], []).append(op.name)
             if name in WHOLE:
                 self.pinned.add(self.base.get(key, key))
 
@@ -178,10 +197,3 @@ class _Block:
             self.flow.add(self.source, a, float("inf"))
         for source in sources:
             self.flow.add(self.pair[source][1], a, float("inf"))
-
-
-def local_bytes(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> int:
-    n = ITEMSIZE[tensor.dtype]
-    for size in local_shape(tensor.shape, layout, sizes, (0,) * len(sizes)):
-        n *= size
-    return n

@@ -16,7 +16,7 @@ elimination", 1999.) Blocks that repeat are eliminated once: `Problem.fold`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,6 +63,10 @@ class Problem:
         for step in reversed(steps):
             choice[step.variable] = int(step.best[tuple(choice[v] for v in step.scope)])
         return total, choice
+
+    def cost(self, choice: Mapping[str, int]) -> float:
+        """What a choice costs by the tables as they were added (before any `fold`)."""
+        return sum(float(table[tuple(choice[v] for v in scope)]) for scope, table in self.tables.items())
 
     def fold(self, inner: Sequence[str], outer: Sequence[str], key: object) -> None:
         """Eliminate a block's inner variables now; `outer` are the others that its tables mention. A later block with the same

@@ -57,6 +57,11 @@ class Costs:
     saved: np.ndarray
     working: np.ndarray
 
+    def spread(self, like: Sequence[int]) -> Costs:
+        """The same for blocks that are like these."""
+        at = list(like)
+        return Costs(self.seconds[at], self.fixed[at], self.saved[at], self.working[at])
+
 
 def balance(costs: Costs, stages: int, in_flight: Sequence[int], limit: float) -> tuple[tuple[int, ...] | None, float]:
     """The cuts with the least largest stage, by dynamic programming over the chain, each stage within `limit` bytes; and the bytes of the

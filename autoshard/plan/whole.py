@@ -15,8 +15,8 @@ from ..layout import I, Layout, R
 from ..trace.blocks import Block
 from .fold import KEPT, Folded
 from .microbatch import TimeSplit
-from .placement import Pair, Placements
-from .saved import local_bytes
+from .moves import local_bytes
+from .space import Pair, Placements
 
 
 class Unlike(Exception):
@@ -40,7 +40,7 @@ class Chain:
     def of(cls, split: TimeSplit, blocks: Sequence[Block], folded: Folded, held: Mapping[str, Layout], sizes: tuple[int, ...]) -> Chain:
         """Raises Unlike if the split graph has other blocks than the one that was folded."""
         graph = split.graph
-        like = folded.spread if folded.runs else list(range(len(blocks)))
+        like = folded.like(len(blocks))
         if folded.runs and max(like) + 1 != len(blocks):
             raise Unlike
         home = {name: i for i, block in enumerate(blocks) for name in block.ops}

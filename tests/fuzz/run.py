@@ -20,10 +20,11 @@ from torch import Tensor
 from autoshard import lower
 from autoshard.errors import NoPlanError
 from autoshard.lower import bodies, build
-from autoshard.plan import search
-from autoshard.plan.placement import Placements, Space, choose
+from autoshard.plan import candidate, finish
+from autoshard.plan.placement import Chooser
 from autoshard.plan.search import random_plan
 from autoshard.plan.solve import TooWide
+from autoshard.plan.space import Space
 from autoshard.runtime.in_process import InProcess
 from autoshard.runtime.inputs import mix
 from autoshard.trace.graph import map_refs
@@ -93,16 +94,19 @@ def sharded(case: Case, full: bool) -> Outcome:
     """The step by a random plan on the case's mesh. `full`: through differentiated fx graphs, else eagerly. Raises Skipped."""
     with ExitStack() as stack:
         if case.blocks == "any":
-            for user in (search, build):
+            for user in (candidate, finish, build):
                 stack.enter_context(patch.object(user, "find_blocks", functools.partial(any_blocks, case.plan)))
         if case.blocks == "fold":
-            stack.enter_context(patch.object(search, "choose", _folded))
-            stack.enter_context(patch.object(search, "_thin", _thin_alike))
+            stack.enter_context(patch.object(candidate, "Chooser", _Folded))
+            stack.enter_context(patch.object(candidate, "thin", _thin_alike))
         return _run(case, full)
 
 
-def _folded(space: Space, prices: Any, blocks: Any, roots: Any, fold: bool) -> Placements:
-    return choose(space, prices, blocks, roots, fold=True)
+class _Folded(Chooser):
+    """Folds random prices too, which it may where choices are alike by name alone."""
+
+    def __init__(self, space: Space, prices: Any, blocks: Any, roots: Any, fold: bool) -> None:
+        super().__init__(space, prices, blocks, roots, fold=True)
 
 
 def _thin_alike(space: Space, seed: int) -> None:

@@ -34,7 +34,7 @@ from autoshard.layout import (
     transition,
 )
 from autoshard.lower.collectives import divide, lengths, local_cut, merge
-from autoshard.plan.placement import path
+from autoshard.plan.moves import path
 
 few = settings(max_examples=150, deadline=None)
 parts_ = st.integers(2, 4)
