@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError
 from . import primitives
+from .order import Calls
 from .provenance import is_users, source_here
 
 
@@ -75,23 +76,23 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def exact_sources() -> Iterator[None]:
-    """Record on each node the innermost of the user's frames, helper functions included; export keeps those named `forward` only."""
+def exact_sources(root: CodeType) -> Iterator[None]:
+    """Record on each node the innermost of the user's frames, helper functions included; export keeps those named `forward` only.
+    In the place of its function's name stand the calls and loops that it runs in, below the frame of `root`."""
+    calls = Calls(root)
     tracer: Any = torch.fx.proxy.TracerBase
     usual = tracer._filter_traceback_frames
 
     def innermost_frame(self: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
-        start = max((i for i, f in enumerate(frames) if f.name == "forward" and f.filename == _STEP), default=-1)
-        return traceback.StackSummary.from_list([f for f in frames[start + 1 :] if is_users(f.filename)][-1:])
+        start = max((i for i, f in enumerate(frames) if f.name == root.co_name and f.filename == root.co_filename), default=-1)
+        users = [f for f in frames[start + 1 :] if is_users(f.filename)][-1:]
+        return traceback.StackSummary.from_list([(f.filename, f.lineno or 0, f"in {calls.scopes_here()}", f.line) for f in users])
 
     tracer._filter_traceback_frames = innermost_frame
     try:
         yield
     finally:
         tracer._filter_traceback_frames = usual
-
-
-_STEP = str(Path(__file__).with_name("export.py"))
 
 
 # ---- torch.autograd.Function
