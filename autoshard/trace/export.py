@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import CaptureError
 from .captured import Draw
 from .draws import number_draws
-from .intercept import Watch, exact_sources, fake_like, first_line, no_checkpoint, quiet, same_attributes, whole_functions
+from .intercept import Watch, exact_sources, fake_like, first_line, no_checkpoint, quiet, same_attributes, same_parameters, whole_functions
 from .order import canonical_order
 from .provenance import source_of_error
 from .regions import drop_assertions, fold_dynamic, inline_regions
@@ -157,6 +157,7 @@ def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Call
         stack.enter_context(torch.enable_grad())
         stack.enter_context(same_attributes(model))
         stack.enter_context(_fake_parameters(model, mode))
+        stack.enter_context(same_parameters(model))
         stack.enter_context(whole_functions(opaque))
         stack.enter_context(no_checkpoint())
         stack.enter_context(quiet())

@@ -1,6 +1,6 @@
 """What stands between the model and torch while it is exported: each context manager keeps one meaning that export would drop.
 
-`whole_functions`: custom autograd Functions become one opaque op. `no_checkpoint`: recompute is the plan's choice. `Watch`: decides python
+`same_parameters`: modules keep their dtype. `whole_functions`: custom autograd Functions become one opaque op. `no_checkpoint`: recompute is the plan's choice. `Watch`: decides python
 branches on uniform draws, and refuses gradient hooks. `same_attributes`: forward's assignments to modules are undone. `exact_sources`: each
 node records the user's own line. `quiet`: no dumps.
 """
@@ -93,6 +93,36 @@ def exact_sources(root: CodeType) -> Iterator[None]:
         yield
     finally:
         tracer._filter_traceback_frames = usual
+
+
+# ---- Module.to
+
+
+@contextmanager
+def same_parameters(model: torch.nn.Module) -> Iterator[None]:
+    """While active, `.to(…)`, `.float()` and kin on a module do nothing where they would change nothing, and are refused elsewhere."""
+    usual = torch.nn.Module._apply
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> torch.nn.Module:
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            with _disable_current_modes(), torch.no_grad():
+                probe = torch.empty((1,) * tensor.ndim, dtype=tensor.dtype, device=tensor.device)
+                found = fn(probe)
+            if (found.dtype, found.device) != (probe.dtype, probe.device):
+                path = paths.get(id(self), type(self).__name__)
+                raise CaptureError(
+                    f"forward casts module {path!r}: {name} from {probe.dtype} on {probe.device} to {found.dtype} on {found.device}",
+                    where=source_here(),
+                    hint="cast it once, before capture; or cast what it is given and what it returns",
+                )
+        return self
+
+    torch.nn.Module._apply = apply  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module._apply = usual  # type: ignore[method-assign]
 
 
 # ---- torch.autograd.Function
