@@ -147,11 +147,11 @@ def _plain(module: nn.Module) -> list[Tensor]:
 
 
 def _same_graph(mine: str, first: str) -> None:
-    """A model whose forward goes through a Python set of words does so in an order that every process draws anew."""
+    """What all ranks run follows from the graph, so they must have the same."""
     if mine != first:
         raise CaptureError(
             f"this rank captures the model as graph {mine}, rank 0 as {first}",
-            hint="if its code loops over a set, start all ranks with the same PYTHONHASHSEED; else look for what differs by rank",
+            hint="give every rank the same model and arguments; look for what its code makes of the rank, the environment or chance",
         )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoshard
-from autoshard.api import parallelize
+from autoshard.api import _same_graph, parallelize
+from autoshard.errors import CaptureError
 from tests.runtime.ranks import ranks
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}  # float64; the order of sums differs
@@ -163,3 +165,22 @@ def fails_alike():
 
 def test_what_fails_on_one_rank_is_raised_on_all():
     ranks(2, fails_alike)
+
+
+class OfItsRank(Small):
+    """Computes something else on rank 1, as a model does that looks at the rank or at chance."""
+
+    def forward(self, ids, labels):
+        return super().forward(ids, labels) * (1.0 + int(os.environ["RANK"]))
+
+
+def captures_another_graph() -> None:
+    with pytest.raises(CaptureError, match="this rank captures the model as graph"):
+        parallelize(OfItsRank(), "dp=2", kwargs=batch(), device="cpu")
+
+
+def test_ranks_that_capture_different_graphs_are_refused() -> None:
+    _same_graph("a", "a")
+    with pytest.raises(CaptureError, match="as graph b, rank 0 as a"):
+        _same_graph("b", "a")
+    ranks(2, captures_another_graph)

@@ -74,7 +74,6 @@ def _start(config: Path, overrides: list[str], resume: bool, nproc: int, restart
         for name in list(logging.root.manager.loggerDict):
             if name.startswith("torch.distributed.elastic"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("PYTHONHASHSEED", "0")  # models that loop over a set are the same on every rank
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     launch = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=f"autoshard{os.getpid()}",

@@ -40,11 +40,12 @@ def draw_masks(ranks: Iterable[RankProgram], draws: Sequence[Draw] = ()) -> dict
     """
     wanted = {r.order: r.draw for rank in ranks for r in rank.rank_inputs.values() if r.kind == "dropout"}
     masks = {}
-    for order in range(max(len(draws), *(n + 1 for n in wanted)) if wanted else 0):
+    known = {draw.index: draw for draw in draws}
+    for order in [*known, *sorted(wanted.keys() - known)] if wanted else []:
         if order in wanted:
             masks[order] = _mask(*wanted[order][:4])
-        elif order < len(draws):
-            call(draws[order].target, draws[order].args, draws[order].kwargs, "cpu")
+        else:
+            call(known[order].target, known[order].args, known[order].kwargs, "cpu")
     return masks
 
 

@@ -24,7 +24,7 @@ from .interpret import call
 
 @dataclass(frozen=True)
 class Draw:
-    """One random op of the plain model, in execution order: dropout as the mask that it draws, any other as it was called.
+    """One random op of the plain model: dropout as the mask that it draws, any other as it was called. `index`: its number in the graph.
 
     A tensor among the arguments is a meta tensor that stands for one of its shape.
     """
@@ -48,7 +48,8 @@ class InputSpec:
 
 @dataclass
 class Captured:
-    """`graph` in normal form; `constants` by value name; `opaque` callables by key; `spec` of the call; `draws` that the model makes."""
+    """`graph` in normal form; `constants` by value name; `opaque` callables by key; `spec` of the call; `draws` that the model makes, in
+    the order in which it makes them."""
 
     graph: Graph
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -96,15 +97,25 @@ class Captured:
         Random ops draw from torch's default generator in the plain model's order, those whose results are dead included.
         """
         values: dict[str, Tensor] = {**{k: v.to(device) for k, v in self.constants.items()}, **tensors}
-        drawn = 0
+        drawn = self._drawn(device)
         for op in self.graph.ops:
             args, kwargs = map_refs((op.args, op.kwargs), lambda ref: values[ref.name])
-            if op.target == "autoshard.dropout_mask.default":
-                drawn = self._skip_draws(drawn, op.args[3], device)
-            outs = call(op.target, args, kwargs, device, self.opaque)
+            mask = drawn.get(op.args[3]) if op.target == "autoshard.dropout_mask.default" else None
+            outs = call(op.target, args, kwargs, device, self.opaque) if mask is None else mask
             values.update(zip(op.outs, outs if isinstance(outs, tuple) else (outs,), strict=True))
-        self._skip_draws(drawn, len(self.draws), device)
         return values
+
+    def draw(self, index: int) -> Draw:
+        """The draw of that number."""
+        return next(draw for draw in self.draws if draw.index == index)
+
+    def _drawn(self, device: torch.device | str) -> dict[int, Tensor]:
+        """By number what the plain model draws, drawn in its order."""
+        drawn = {}
+        for draw in self.draws:
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), (draw.args, draw.kwargs))
+            drawn[draw.index] = call(draw.target, args, kwargs, device)
+        return drawn
 
     # ---- what a step hands out besides the loss ---------------------------------------------------------------------
 
@@ -168,13 +179,6 @@ class Captured:
             leaving = [o for o in made if o in roots or any(user.name not in names for user in users[o])]
             found[path] = (leaving or made)[-1]
         return found
-
-    def _skip_draws(self, start: int, end: int, device: torch.device | str) -> int:
-        """Make the draws before `end` whose results nobody uses, as the plain model does. Returns the next one's index."""
-        for draw in self.draws[start:end]:
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), (draw.args, draw.kwargs))
-            call(draw.target, args, kwargs, device)
-        return end + 1
 
 
 def _fresh(base: str, taken: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ functionalisation.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -30,6 +31,22 @@ def number_draws(graph: fx.Graph) -> list[Draw]:
 
 def draw_of(node: fx.Node) -> int | None:
     return node.meta.get("custom", {}).get(_TAG)
+
+
+def renumber(nodes: list[fx.Node], draws: list[Draw]) -> list[Draw]:
+    """Number the draws that `nodes` make in the order of `nodes`; each stays where the program makes it."""
+    old = [draw_of(n) for n in nodes]
+    live = {n for n in old if n is not None}
+    new = dict(zip(dict.fromkeys(old), sorted(live), strict=True))
+    for node, index in zip(nodes, old, strict=True):
+        node.meta["custom"] = {**node.meta["custom"], _TAG: new[index]}
+    return [_numbered(draw, new.get(draw.index, draw.index)) for draw in draws]
+
+
+def _numbered(draw: Draw, index: int) -> Draw:
+    mask = draw.target == "autoshard.dropout_mask.default"
+    args = (*draw.args[:3], index, *draw.args[4:]) if mask else draw.args
+    return dataclasses.replace(draw, index=index, args=args)
 
 
 def _describe(node: fx.Node, index: int) -> Draw | None:

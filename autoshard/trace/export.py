@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import CaptureError
 from .captured import Draw
 from .draws import number_draws
-from .intercept import Watch, exact_sources, fake_like, first_line, no_checkpoint, quiet, same_attributes, whole_functions
+from .intercept import Watch, exact_sources, fake_like, first_line, no_checkpoint, quiet, same_attributes, same_parameters, whole_functions
+from .order import canonical_order
 from .provenance import source_of_error
-from .regions import fold_dynamic, inline_regions
+from .regions import drop_assertions, fold_dynamic, inline_regions
 
 # composite ops that the normal form or its passes name; every other composite op is decomposed by torch
 KEPT = frozenset(
@@ -146,7 +147,7 @@ class Exported:
 
 
 def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Callable[[Any], Tensor] | None) -> Exported:
-    """Export, inline, functionalise, fold."""
+    """Export, inline, functionalise, order, fold."""
     names: list[str] = []
     notes: list[str] = []
     opaque: dict[str, Callable[..., Any]] = {}
@@ -156,10 +157,11 @@ def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Call
         stack.enter_context(torch.enable_grad())
         stack.enter_context(same_attributes(model))
         stack.enter_context(_fake_parameters(model, mode))
+        stack.enter_context(same_parameters(model))
         stack.enter_context(whole_functions(opaque))
         stack.enter_context(no_checkpoint())
         stack.enter_context(quiet())
-        stack.enter_context(exact_sources())
+        stack.enter_context(exact_sources(Step.forward.__code__))
         tensors = tuple(fake_like(leaf, mode) for leaf in leaves if isinstance(leaf, Tensor))
         try:
             with Watch():
@@ -167,6 +169,8 @@ def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Call
             inline_regions(program.graph_module)
             draws = number_draws(program.graph)
             program = program.run_decompositions(_composites())
+            drop_assertions(program.graph_module)
+            draws = canonical_order(program, draws)
             fold_dynamic(program.graph_module, opaque)
         except CaptureError:
             raise

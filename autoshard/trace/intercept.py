@@ -1,6 +1,6 @@
 """What stands between the model and torch while it is exported: each context manager keeps one meaning that export would drop.
 
-`whole_functions`: custom autograd Functions become one opaque op. `no_checkpoint`: recompute is the plan's choice. `Watch`: decides python
+`same_parameters`: modules keep their dtype. `whole_functions`: custom autograd Functions become one opaque op. `no_checkpoint`: recompute is the plan's choice. `Watch`: decides python
 branches on uniform draws, and refuses gradient hooks. `same_attributes`: forward's assignments to modules are undone. `exact_sources`: each
 node records the user's own line. `quiet`: no dumps.
 """
@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError
 from . import primitives
+from .order import Calls
 from .provenance import is_users, source_here
 
 
@@ -75,14 +76,17 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def exact_sources() -> Iterator[None]:
-    """Record on each node the innermost of the user's frames, helper functions included; export keeps those named `forward` only."""
+def exact_sources(root: CodeType) -> Iterator[None]:
+    """Record on each node the innermost of the user's frames, helper functions included; export keeps those named `forward` only.
+    In the place of its function's name stand the calls and loops that it runs in, below the frame of `root`."""
+    calls = Calls(root)
     tracer: Any = torch.fx.proxy.TracerBase
     usual = tracer._filter_traceback_frames
 
     def innermost_frame(self: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
-        start = max((i for i, f in enumerate(frames) if f.name == "forward" and f.filename == _STEP), default=-1)
-        return traceback.StackSummary.from_list([f for f in frames[start + 1 :] if is_users(f.filename)][-1:])
+        start = max((i for i, f in enumerate(frames) if f.name == root.co_name and f.filename == root.co_filename), default=-1)
+        users = [f for f in frames[start + 1 :] if is_users(f.filename)][-1:]
+        return traceback.StackSummary.from_list([(f.filename, f.lineno or 0, f"in {calls.scopes_here()}", f.line) for f in users])
 
     tracer._filter_traceback_frames = innermost_frame
     try:
@@ -91,7 +95,34 @@ def exact_sources() -> Iterator[None]:
         tracer._filter_traceback_frames = usual
 
 
-_STEP = str(Path(__file__).with_name("export.py"))
+# ---- Module.to
+
+
+@contextmanager
+def same_parameters(model: torch.nn.Module) -> Iterator[None]:
+    """While active, `.to(…)`, `.float()` and kin on a module do nothing where they would change nothing, and are refused elsewhere."""
+    usual = torch.nn.Module._apply
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> torch.nn.Module:
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            with _disable_current_modes(), torch.no_grad():
+                probe = torch.empty((1,) * tensor.ndim, dtype=tensor.dtype, device=tensor.device)
+                found = fn(probe)
+            if (found.dtype, found.device) != (probe.dtype, probe.device):
+                path = paths.get(id(self), type(self).__name__)
+                raise CaptureError(
+                    f"forward casts module {path!r}: {name} from {probe.dtype} on {probe.device} to {found.dtype} on {found.device}",
+                    where=source_here(),
+                    hint="cast it once, before capture; or cast what it is given and what it returns",
+                )
+        return self
+
+    torch.nn.Module._apply = apply  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module._apply = usual  # type: ignore[method-assign]
 
 
 # ---- torch.autograd.Function

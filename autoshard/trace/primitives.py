@@ -53,7 +53,7 @@ def dropout_mask(
 ) -> Tensor:
     """Draws by `law` from torch's default generator in memory order, as torch's own random ops do; most are masks of dropout.
 
-    `index` is the draw's ordinal in the plain model's execution; executors that key draws by it (counter-based) replace this function.
+    `index` is the draw's number; executors that key draws by it (counter-based) replace this function.
     """
     noise = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
     if not isinstance(law, tuple):

@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_NAME = re.compile(r", in in ([\d: ]*)")
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
@@ -20,6 +21,12 @@ _HERE = str(Path(__file__).parent)
 def source_of(node: fx.Node) -> str:
     """`path/file.py:line` of the innermost frame outside torch, relative to the current folder or to site-packages; "" if unknown."""
     return innermost(_FRAME.findall(node.meta.get("stack_trace") or ""))
+
+
+def last_name(node: fx.Node) -> str | None:
+    """What `intercept.exact_sources` wrote in the place of the innermost frame's name; None where nothing was recorded."""
+    found = _NAME.findall(node.meta.get("stack_trace") or "")
+    return found[-1] if found else None
 
 
 def source_of_error(error: BaseException) -> str:

@@ -7,6 +7,7 @@ plain arguments: lists become tuples, dtypes strings, devices and layouts go, as
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,8 @@ from .graph import Graph, Op, Ref, Tensor
 from .provenance import module_of, source_of
 
 DROPOUTS = ("aten.native_dropout.default", "aten.scaled_dot_product_attention.default", *RANDOM)
+_LIFTED = re.compile(r"lifted_tensor_?\d*$")
 _DROPPED = ("device", "layout", "pin_memory", "non_blocking", "memory_format", "requires_grad")
-_ASSERTIONS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 
 
 class Reader:
@@ -39,18 +40,30 @@ class Reader:
 
     def read(self, inputs: list[tuple[str, str, int | None]], outputs: list[str], opaque: dict[str, Callable[..., Any]]) -> Captured:
         """`inputs`: value name, path and batch dim of each tensor input, in order."""
-        given = iter(inputs)
-        specs = {s.arg.name: s for s in self.program.graph_signature.input_specs}
+        signature = self.program.graph_signature
+        given = dict(zip(signature.user_inputs, inputs, strict=True))
+        specs = {s.arg.name: s for s in signature.input_specs}
+        for node in self._sources(specs):
+            self._source(node, specs[node.name], given)
         for node in self.program.graph.nodes:
-            if node.op == "placeholder":
-                self._source(node, specs[node.name], given)
-            elif node.op == "call_function":
+            if node.op == "call_function":
                 self._op(node)
         self._roots(outputs)
         drop_dead(self.graph)
         return Captured(self.graph, {k: v for k, v in self.constants.items() if k in self.graph.values}, opaque, None, self.draws)
 
     # -- sources
+
+    def _sources(self, specs: dict[str, Any]) -> list[fx.Node]:
+        """The placeholders: inputs as the call gives them, all others as ops first read them (a model may register parameters in any
+        order); unused ones last, by name."""
+        graph = self.program.graph
+        used = dict.fromkeys(i for n in graph.nodes if n.op != "output" for i in n.all_input_nodes if i.op == "placeholder")
+        given = [n for n in graph.find_nodes(op="placeholder") if specs[n.name].kind is InputKind.USER_INPUT]
+        unused = sorted((n for n in graph.find_nodes(op="placeholder") if n not in used), key=lambda n: n.name)
+        kinds = list(InputKind)
+        others = sorted([*used, *unused], key=lambda n: kinds.index(specs[n.name].kind))
+        return [n for n in others if n not in given] + given
 
     def _source(self, node: fx.Node, spec: Any, given: Any) -> None:
         value: Any = node.meta.get("val")
@@ -65,10 +78,11 @@ class Reader:
                 raise CaptureError(
                     f"the plain tensor {path!r} has no data ({tensor.device.type} device)", hint="register it as a buffer of the model"
                 )
-            self.values[node] = self._add_source(identifier(path.split(".")[-1]), value, "constant", "")
+            name = _LIFTED.sub("lifted_tensor", identifier(path.split(".")[-1]))  # torch numbers them in the program's order
+            self.values[node] = self._add_source(name, value, "constant", "")
             self.constants[self.values[node].name] = tensor.detach().cpu()
         elif spec.kind is InputKind.USER_INPUT and isinstance(value, torch.Tensor):
-            name, path, batch_dim = next(given)
+            name, path, batch_dim = given[spec.arg.name]
             self.values[node] = self._add_source(name, value, "input", path)
             self.graph.values[self.values[node].name].batch_dim = batch_dim
         elif node.users:
@@ -99,8 +113,6 @@ class Reader:
             self.values[node] = self.values[source][index]
             return
         target = str(node.target)
-        if target.split(".")[1] in _ASSERTIONS:
-            return
         where = source_of(node)
         args = self._plain(tuple(node.args), where)
         kwargs = {k: self._plain(v, where) for k, v in node.kwargs.items() if k not in _DROPPED and v is not None}

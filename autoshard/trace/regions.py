@@ -171,6 +171,17 @@ def _floating(node: fx.Node) -> bool:
 
 # ---- data-dependent sizes
 
+ASSERTIONS = frozenset("_assert_tensor_metadata _assert_async _assert_scalar sym_constrain_range sym_constrain_range_for_size".split())
+
+
+def drop_assertions(module: fx.GraphModule) -> None:
+    """Remove what export checks at run time, in place; its texts name symbols by number."""
+    for node in reversed(list(module.graph.nodes)):
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in ASSERTIONS:
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
 
 def fold_dynamic(module: fx.GraphModule, keys: dict[str, Callable[..., Any]]) -> None:
     """Replace each minimal region of nodes with data-dependent sizes by one opaque op, in place; `keys` receives the callables."""
@@ -241,8 +252,7 @@ def _fold(module: fx.GraphModule, nodes: list[fx.Node], keys: dict[str, Callable
     for n in outer:
         env[n] = inner.placeholder(n.name) if n in inputs else inner.get_attr(str(n.target))
     for n in nodes:
-        if n.target is not torch.ops.aten._assert_tensor_metadata.default:
-            env[n] = inner.node_copy(n, env.__getitem__)
+        env[n] = inner.node_copy(n, env.__getitem__)
     inner.output(tuple(env[n] for n in outputs))
     body = fx.GraphModule(module, inner)
     values = [n.meta["val"] for n in outputs]

@@ -154,6 +154,23 @@ def test_norms_and_running_statistics() -> None:
     assert set(captured.graph.updates) == {f"{m}.{b}" for m in "ab" for b in ("running_mean", "running_var", "num_batches_tracked")}
 
 
+class CastsItsParts(Two):
+    """Casts submodules inside forward to what they are already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a = self.a.to(x.dtype)
+        h = self.norm.to(x.device).double()(self.a(x).to(x.dtype))
+        return self.b.to(h)(h).square().sum()
+
+
+def test_casting_a_part_to_what_it_is_changes_nothing() -> None:
+    agrees(CastsItsParts())
+
+
 # ---- autograd Functions, checkpointing, hooks
 
 

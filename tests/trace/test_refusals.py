@@ -78,6 +78,10 @@ def resize_buffer(self: Any, x: Tensor) -> Tensor:
     return self.a(x).sum()
 
 
+def cast_part(self: Any, x: Tensor) -> Tensor:
+    return self.a.to(torch.float64)(x.double()).sum()  # here
+
+
 def no_loss(self: Any, x: Tensor) -> Tensor:
     return self.a(x)
 
@@ -136,6 +140,7 @@ class Noise(nn.Module):
         (write_parameter, "inside no_grad"),
         (write_plain, "plain"),
         (resize_buffer, "'state'"),
+        (cast_part, "casts module 'a': weight from torch.float32 on cpu to torch.float64"),
         (no_loss, r"pass loss="),
         (no_gradient, "no trainable parameter"),
         (by_frequency, "scale_grad_by_freq"),

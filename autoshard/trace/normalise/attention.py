@@ -118,7 +118,7 @@ def _explicit(b: Builder, q: Ref, k: Ref, v: Ref, mask: Ref | None, causal: bool
 
 
 def _draw(b: Builder, index: int) -> tuple:
-    draw = b.old.draws[index]
+    draw = b.old.draw(index)
     return draw.target, *draw.args
 
 

@@ -18,9 +18,10 @@ def dropout(captured: Captured) -> Captured:
 
 def drawn(b: Builder, *args: Any, draw: int | None = None, **kwargs: Any) -> Any:
     """What the model draws by a law that draws.py knows; a draw of 0 or 1 is a mask of dropout without its scale."""
-    if draw is None or b.old.draws[draw].target != "autoshard.dropout_mask.default":
+    found = None if draw is None else b.old.draw(draw)
+    if found is None or found.target != "autoshard.dropout_mask.default":
         return NotImplemented
-    target, (shape, law, *rest) = b.old.draws[draw].target, b.old.draws[draw].args
+    target, (shape, law, *rest) = found.target, found.args
     noise = b.op(target, shape, law, *rest)
     return noise if isinstance(law, tuple) else b.op("aten.mul.Tensor", noise, 1 - law)
 
@@ -29,7 +30,7 @@ def native_dropout(b: Builder, x: Ref, p: float, train: bool | None, *, draw: in
     """The output; the boolean mask output is None unless training (and then unused outside backward)."""
     if draw is None:
         return (b.op("aten.mul.Tensor", x, 0.0) if train and p >= 1 else x), None
-    noise = b.old.draws[draw]
+    noise = b.old.draw(draw)
     return b.op("aten.mul.Tensor", x, b.op(noise.target, *noise.args)), None
 
 
