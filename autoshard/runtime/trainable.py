@@ -383,13 +383,11 @@ def _check_fits(whole: Tensor, slot: Slot) -> None:
 
 def _shard(whole: Tensor, slot: Slot, device: torch.device) -> Tensor:
     """What `slot.take` takes, as a tensor of its own, made in one copy."""
-    cut = whole
-    for d, held in enumerate(slot.positions()):
-        if held is not None:
-            near = len(held) > 0 and int(held[-1]) - int(held[0]) == len(held) - 1
-            cut = cut.narrow(d, int(held[0]), len(held)) if near else cut.index_select(d, torch.from_numpy(held).to(cut.device))
+    cut = slot.take(whole)
     own = cut.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
-    return cut if own and cut.device == device and cut.is_contiguous() else cut.to(device, copy=True).contiguous()
+    if own and cut.device == device and cut.is_contiguous():
+        return cut
+    return torch.empty(cut.shape, dtype=cut.dtype, device=device).copy_(cut)
 
 
 def _same_place(a: Slot | None, b: Slot | None) -> bool:
