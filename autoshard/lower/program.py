@@ -144,6 +144,11 @@ class Slot:
             found.append(None if len(held) == n else held)
         return found
 
+    @property
+    def local(self) -> tuple[int, ...]:
+        """The shard's shape."""
+        return tuple(n if held is None else len(held) for n, held in zip(self.tensor.shape, self.positions(), strict=True))
+
     def take(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the whole tensor: a view where it is all of it or a range in each dim, else a copy, made at once."""
         cut, scattered = whole, {}

@@ -79,12 +79,15 @@ def materialise(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             del storage  # before the next is made
 
 
-def promise(model: nn.Module, names: Iterable[str], folder: Path) -> None:
-    """These tensors will be read from a folder once the model is sharded: they need not be made."""
-    tensors = _tensors(model)
+def promise(model: nn.Module, names: Iterable[str], persistent: Iterable[str], folder: Path) -> None:
+    """These tensors will be read from a folder once the model is sharded: they need not be made (unless one that isn't `persistent`, so
+    that no folder has it, lies in the same memory)."""
+    tensors, saved = _tensors(model), set(persistent)
+    places = {name: _recorded(name, t) for name, t in tensors.items() if t.is_meta}
+    needed = {number for name, (_, number) in places.items() if name not in saved}
     for name in names:
-        if tensors[name].is_meta:
-            deferral, number = _recorded(name, tensors[name])
+        if name in places and places[name][1] not in needed:
+            deferral, number = places[name]
             deferral.promised[number] = folder
 
 
