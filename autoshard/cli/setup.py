@@ -48,7 +48,7 @@ def assemble(config: Config, progress: Progress) -> Trainer:
         model, where, kwargs=example, plan=parallel.plan, pins=parallel.pins, microbatches=parallel.microbatches, compile=parallel.compile,
         device=device,
     )  # fmt: skip
-    if config.model.pretrained is not None:
+    if config.model.pretrained is not None and not config.model.deferred:
         load_pretrained(config.model.pretrained, sharded)
     progress.console.print(plan_table(sharded.plan))  # type: ignore[arg-type]
     progress.say(f"{sum(len(s.tokens) for s in train):,} tokens to train on, {sum(len(s.tokens) for s in held):,} held out")
@@ -75,7 +75,10 @@ def _streams(config: Config) -> tuple[list[Stream], list[Stream]]:
 def _model(config: Config, source: models.Source) -> nn.Module:
     settings, data = config.model, config.data
     make = source.maker(batch=data.batch, seq=data.seq, dtype=settings.dtype)
-    return deferred(make) if settings.deferred else make()
+    if not settings.deferred:
+        return make()
+    model = deferred(make)
+    return model if settings.pretrained is None else load_pretrained(settings.pretrained, model)
 
 
 def _fields(config: Config, model: nn.Module) -> dict[str, str]:

@@ -144,12 +144,30 @@ class Slot:
             found.append(None if len(held) == n else held)
         return found
 
+    @property
+    def local(self) -> tuple[int, ...]:
+        """The shard's shape."""
+        return tuple(n if held is None else len(held) for n, held in zip(self.tensor.shape, self.positions(), strict=True))
+
     def take(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the whole tensor (a copy where it is a part)."""
+        """This rank's shard of the whole tensor: a view where it is all of it or a range in each dim, else a copy, made at once."""
+        cut, scattered = whole, {}
         for d, held in enumerate(self.positions()):
-            if held is not None:
-                whole = whole.index_select(d, torch.from_numpy(held).to(whole.device))
-        return whole
+            if held is None:
+                continue
+            if len(held) > 0 and int(held[-1]) - int(held[0]) == len(held) - 1:
+                cut = cut.narrow(d, int(held[0]), len(held))
+            else:
+                scattered[d] = torch.from_numpy(held).to(whole.device)
+        if len(scattered) == 1:
+            ((d, held),) = scattered.items()
+            return cut.index_select(d, held)
+        if scattered:
+            # neighbouring dims are indexed together, so that they stay in their places
+            first, last = min(scattered), max(scattered)
+            index = [scattered.get(d, torch.arange(cut.shape[d], device=cut.device)) for d in range(first, last + 1)]
+            return cut[(slice(None),) * first + torch.meshgrid(*index, indexing="ij")]
+        return cut
 
 
 @dataclass

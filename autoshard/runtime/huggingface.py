@@ -27,6 +27,7 @@ from .checkpoint import state
 from .checkpoint.blocks import BlockFile, Source, in_order, read_small, strict_json, write
 from .checkpoint.pieces import Logical, Piece, Runs, gather
 from .checkpoint.reader import Tensors, Weights
+from .deferred import is_deferred, promise
 from .trainable import Trainable
 
 log = logging.getLogger("autoshard")
@@ -86,23 +87,40 @@ def _index(path: Path) -> dict[str, str]:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def load_pretrained(folder: str | os.PathLike[str], sharded: Trainable | None = None) -> Any:
-    """Read a folder's weights into a sharded model (a collective call) and return it. Without one, a plain causal language model as
-    transformers builds it (which every process then holds whole). Raises CheckpointError."""
-    if sharded is None:
+def load_pretrained(folder: str | os.PathLike[str], model: Trainable | nn.Module | None = None) -> Any:
+    """Read a folder's weights into a sharded model (a collective call) and return it. A deferred model is promised them: nothing is drawn
+    that the folder holds, and `parallelize` reads each rank's parts. Without a model, a plain causal language model as transformers
+    builds it (which every process then holds whole). Raises CheckpointError."""
+    if model is None:
         return _plain(Path(folder))
     source = Folder(Path(folder))
     try:
-        assign(sharded, source)
+        if isinstance(model, Trainable):
+            assign(model, source)
+        else:
+            _promise(model, source)
     finally:
         source.close()
-    return sharded
+    return model
+
+
+def _promise(model: nn.Module, source: Folder) -> None:
+    if not is_deferred(model):
+        raise CheckpointError(
+            f"a {type(model).__name__} with weights of its own can't be promised others",
+            where=str(source.path),
+            hint="give what parallelize or autoshard.deferred returned",
+        )
+    own = list(model.state_dict())
+    prefix = _prefix(own, source.specs)
+    stored = {prefix + name for name in source.specs}
+    promise(model, [name for name in own if name in stored], own, source.path)
 
 
 def assign(sharded: Trainable, source: Tensors) -> None:
     """Give a sharded model another library's weights. Raises CheckpointError on every rank."""
     ranks = checkpoint.ranks_of(sharded)
-    prefix = _prefix(sharded, source.specs)
+    prefix = _prefix({*sharded.owner, *sharded.unused}, source.specs)
     stored = {prefix + name: spec for name, spec in source.specs.items()}
     found = ranks.together(lambda: state.fit(sharded, stored, source.tied, str(source.path), foreign=True))
     read: Callable[[str, tuple[Runs, ...]], torch.Tensor] = lambda name, needed: source.part(name.removeprefix(prefix), needed)
@@ -111,9 +129,9 @@ def assign(sharded: Trainable, source: Tensors) -> None:
         optimizer.reload_masters()
 
 
-def _prefix(sharded: Trainable, stored: Iterable[str]) -> str:
+def _prefix(own: Iterable[str], stored: Iterable[str]) -> str:
     """What the folder's names lack: a base model's weights ("wte.weight") serve a model with a head ("transformer.wte.weight")."""
-    own, names = {*sharded.owner, *sharded.unused}, list(stored)
+    own, names = dict.fromkeys(own), list(stored)
     if any(name in own for name in names):
         return ""
     firsts = dict.fromkeys(name.partition(".")[0] + "." for name in own)

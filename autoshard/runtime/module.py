@@ -168,8 +168,7 @@ class Sharded(Trainable):
 
     def _fetch(self, rank: int, shard: Tensor | None, slot: Slot) -> Tensor:
         if shard is None:
-            local = [n if held is None else len(held) for n, held in zip(slot.tensor.shape, slot.positions(), strict=True)]
-            shard = torch.empty(local, dtype=torch_dtype(slot.tensor.dtype), device=self.comm.device)
+            shard = torch.empty(slot.local, dtype=torch_dtype(slot.tensor.dtype), device=self.comm.device)
         return self.comm.broadcast(shard, rank) if shard.numel() else shard
 
 

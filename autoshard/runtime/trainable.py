@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from ..errors import BatchError, CaptureError, StateError
 from ..lower.program import Program, RankProgram, Slot
 from ..trace.captured import unknown
-from .deferred import is_deferred, materialise
+from .deferred import is_deferred, materialise, promised
 from .executor import Executor, State, Step
 from .inputs import StepInputs, draw_masks, torch_dtype
 from .optimizer import ShardedOptimizer
@@ -112,9 +112,14 @@ class Trainable(ABC):
         self.states = self._take([program.ranks[r] for r in ranks], weights, whole)
         self.training = self._load(program, captured)
         self.evaluation = None if evaluation is None else self._load(evaluation, captured)
+        for folder in promised(weights):
+            from .huggingface import load_pretrained
+
+            load_pretrained(folder, self)
 
     def _take(self, ranks: Sequence[RankProgram], weights: nn.Module | Weights, whole: Weights) -> list[State]:
-        """The ranks' shards, tensor by tensor: of a deferred model, no more than one whole tensor exists at a time."""
+        """The ranks' shards, tensor by tensor: of a deferred model, no more than one whole tensor exists at a time. (Those that a folder
+        was promised for are empty still.)"""
         wanted: dict[str, list[tuple[dict[str, Tensor], Slot]]] = {}
         found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         for rank in ranks:
@@ -131,6 +136,12 @@ class Trainable(ABC):
             if name not in self.owner:
                 self.unused[name] = tensor.detach().clone()
             del tensor  # before the next is made
+        for name, tensor in whole.items():
+            for shards, slot in wanted.get(name, ()):
+                if name not in shards:
+                    shards[name] = torch.empty(slot.local, dtype=tensor.dtype, device=self.device)
+            if name not in self.owner and name not in self.unused:
+                self.unused[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         states = []
         for rank, (params, buffers) in zip(ranks, found, strict=True):
             made = {path: nn.Parameter(params[path], requires_grad=slot.trainable) for path, slot in rank.params.items()}
@@ -383,13 +394,11 @@ def _check_fits(whole: Tensor, slot: Slot) -> None:
 
 def _shard(whole: Tensor, slot: Slot, device: torch.device) -> Tensor:
     """What `slot.take` takes, as a tensor of its own, made in one copy."""
-    cut = whole
-    for d, held in enumerate(slot.positions()):
-        if held is not None:
-            near = len(held) > 0 and int(held[-1]) - int(held[0]) == len(held) - 1
-            cut = cut.narrow(d, int(held[0]), len(held)) if near else cut.index_select(d, torch.from_numpy(held).to(cut.device))
+    cut = slot.take(whole)
     own = cut.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
-    return cut if own and cut.device == device and cut.is_contiguous() else cut.to(device, copy=True).contiguous()
+    if own and cut.device == device and cut.is_contiguous():
+        return cut
+    return torch.empty(cut.shape, dtype=cut.dtype, device=device).copy_(cut)
 
 
 def _same_place(a: Slot | None, b: Slot | None) -> bool:
