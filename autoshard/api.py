@@ -179,13 +179,17 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def choose_device(mesh: Where, device: torch.device | str | None) -> torch.device:
-    """This process's device: as given, else the mesh's kind, else a GPU where there is one (unless the ranks talk through gloo)."""
+    """This process's device: as given, else the mesh's kind, else a GPU where there is one (unless the ranks talk through gloo). Raises
+    MeshError where there is no such device."""
     if device is None and isinstance(mesh, DeviceMesh):
         device = mesh.device_type
     if device is None:
         gloo = dist.is_initialized() and dist.get_backend() == "gloo"
         device = "cuda" if torch.cuda.is_available() and not gloo else "cpu"
     found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        built = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds none"
+        raise MeshError(f"the device is {found}, but there is no GPU: {built}", hint="give the device cpu, or none; autoshard doctor says more")
     if found.type == "cuda":
         if found.index is None:
             rank = dist.get_rank() if dist.is_initialized() else 0

@@ -72,7 +72,7 @@ class DataSource:
 class Data:
     sources: list[DataSource] = key(..., "what to train on; several are blended by weight")
     tokenizer: str = key("bytes", "bytes, or a Hugging Face tokenizer's folder")
-    batch: int = key(8, "sequences in the global batch of a step", low=1)
+    batch: int = key(8, "sequences in the global batch of a step; any number, also one that ranks don't divide", low=1)
     seq: int = key(128, "tokens in a sequence", low=1)
     order: str = key(
         "random", "random windows, shuffled (each window once an epoch) or sequential", choices=("random", "shuffled", "sequential")
@@ -109,7 +109,7 @@ class Schedule:
 
 @dataclass
 class Run:
-    steps: int = key(100, "steps in all, those before a resume included", low=1)
+    steps: int = key(100, "steps in all, those before a resume included; the schedule ends with them", low=1)
     seed: int = key(0, "of weights, data and dropout", low=0)
     log_every: int = key(10, "steps between metrics", low=1)
     max_nonfinite: int = key(5, "stop after so many steps in a row whose loss or gradient isn't finite (each is skipped)", low=1)
@@ -142,9 +142,9 @@ class Checkpoints:
 
 @dataclass
 class Metrics:
-    file: str | None = key("metrics.jsonl", "one JSON object a line")
+    file: str | None = key("metrics.jsonl", "one JSON object a line; begun anew unless the run is resumed")
     tensorboard: str | None = key(None, "a folder for TensorBoard (needs the package tensorboard)")
-    wandb: str | None = key(None, "a Weights & Biases project (needs the package wandb)")
+    wandb: str | None = key(None, "a Weights & Biases project (needs the package wandb); a resumed run goes on there")
 
 
 @dataclass
@@ -344,11 +344,38 @@ def _check(config: Config, reader: _Reader) -> None:
             reader.fault(("parallel", "mesh"), str(error).splitlines()[0])
         if config.parallel.cluster is not None:
             reader.fault(("parallel", "cluster"), "both mesh and cluster are given; the mesh says how many ranks there are")
+    for at, message in _without_effect(config):
+        reader.fault(at, message, of_key=True)
     for name, what in config.data.fields.items():
         if what not in ("tokens", "next"):
             reader.fault(("data", "fields", name), f"expected tokens or next, found {_what(what)}")
     for pin, message in _pin_faults(config.parallel.pins):
         reader.fault(("parallel", "pins", pin), message, of_key=True)
+
+
+def _without_effect(config: Config) -> Iterator[tuple[At, str]]:
+    """Keys that are given and can't do anything, and why."""
+    data, evaluation, parallel = config.data, config.evaluation, config.parallel
+    sources = [(("data", "sources", i), s) for i, s in enumerate(data.sources)]
+    sources += [(("evaluation", "sources", i), s) for i, s in enumerate(evaluation.sources)]
+    whys: list[tuple[Any, str, At, bool, str]] = [
+        (data, "tokenizer", ("data",), all(s.format != "text" for _, s in sources), "no source is text"),
+        (data, "held_out", ("data",), bool(evaluation.sources and data.held_out), "evaluation.sources are evaluated on"),
+        *((evaluation, k, ("evaluation",), not data.held_out and not evaluation.sources, "nothing is held out") for k in ("every", "batches")),
+        (config.schedule, "floor", ("schedule",), config.schedule.kind == "constant", "the schedule is constant"),
+        *((config.checkpoints, k, ("checkpoints",), config.checkpoints.folder is None, "there is no folder") for k in ("every", "keep")),
+        *((parallel, k, ("parallel",), parallel.plan is not None, "the plan decides it") for k in ("microbatches", "pins")),
+        *((s, "dtype", at, s.format != "tokens", f"the format is {s.format}") for at, s in sources),
+    ]
+    for part, name, at, useless, why in whys:
+        # one that is as it would be anyway does no harm: --print-config prints them all
+        fields = {f.name: f for f in dataclasses.fields(part)}
+        usual = fields[name].default_factory() if fields[name].default is dataclasses.MISSING else fields[name].default  # type: ignore[misc]
+        if useless and getattr(part, name) != usual:
+            yield (*at, name), f"{name} has no effect: {why}"
+    for i, group in enumerate(config.optimizer.groups):
+        if group.lr is None and group.weight_decay is None:
+            yield ("optimizer", "groups", i, "match"), "a group with neither lr nor weight_decay has no effect"
 
 
 def check_pins(pins: Mapping[str, Any], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,16 @@ autoshard checkpoint convert runs/llama exported --config config.json
 autoshard checkpoint convert ~/models/my-llama runs/llama --to autoshard
 """,
 )
+
+
+class Kind(StrEnum):
+    """`convert.KINDS`, without importing what knows them."""
+
+    hf = "hf"
+    dcp = "dcp"
+    autoshard = "autoshard"
+
+
 Where = Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them (its newest).", show_default=False)]
 
 
@@ -71,12 +82,23 @@ def verify(path: Where) -> None:
 def convert(
     source: Annotated[Path, typer.Argument(help="autoshard's checkpoints, a Hugging Face folder, or a DCP folder.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
-    to: Annotated[str, typer.Option(help="hf (Hugging Face), dcp (torch.distributed.checkpoint) or autoshard.")] = "hf",
-    config: Annotated[Path | None, typer.Option(help="The model's Hugging Face config.json, to write beside the weights.")] = None,
-    prefix: Annotated[str, typer.Option(help="Of a DCP folder: the prefix of the model's names, as model.")] = "",
-    step: Annotated[int, typer.Option(min=0, help="With --to autoshard: the step that the checkpoint is of.")] = 0,
+    to: Annotated[Kind, typer.Option(help="hf (Hugging Face), dcp (torch.distributed.checkpoint) or autoshard.")] = Kind.hf,
+    config: Annotated[
+        Path | None, typer.Option(help="With --to hf: the model's Hugging Face config.json, to write beside the weights.")
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="From or to a DCP folder: the prefix of the model's names, as model.")] = "",
+    step: Annotated[int | None, typer.Option(min=0, help="With --to autoshard: the step that the checkpoint is of (0).")] = None,
 ) -> None:
     """Write weights as another library reads them. Optimizer state stays behind."""
     from ..runtime.convert import convert as write
+    from ..runtime.convert import is_dcp
 
-    typer.echo(f"wrote {write(source, target, to, config=config, prefix=prefix, step=step)}")
+    useless = {
+        "--config": config is not None and to is not Kind.hf,
+        "--prefix": bool(prefix) and to is not Kind.dcp and not is_dcp(source),
+        "--step": step is not None and to is not Kind.autoshard,
+    }
+    for option, none in useless.items():
+        if none:
+            raise typer.BadParameter(f"has no effect on {source} with --to {to.value}", param_hint=option)
+    typer.echo(f"wrote {write(source, target, to.value, config=config, prefix=prefix, step=step or 0)}")

@@ -48,7 +48,7 @@ class Progress(Watcher):
             return
         self.say(
             f"step {step:6d}  loss {values['loss_metrics/global_avg_loss']:.4f}  norm {values['grad_norm']:.3f}  "
-            f"lr {values['optimizer/lr']:.2e}  {values['throughput(tps)']:,.0f} tokens/s a rank  mfu {values['mfu(%)']:.1f} %"
+            f"lr {values['lr']:.2e}  {values['throughput(tps)']:,.0f} tokens/s a rank  mfu {values['mfu(%)']:.1f} %"
         )
 
     def end(self, summary: Summary) -> None:

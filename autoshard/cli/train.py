@@ -118,8 +118,7 @@ def _work(config: Config, resume: bool) -> None:
     rank = int(os.environ.get("RANK", 0))
     resume = resume or (bool(config.checkpoints.folder) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     with Progress(config, quiet=rank != 0) as progress:
-        trainer = assemble(config, progress)
-        trainer.begin(resume)
+        trainer = assemble(config, resume, progress)
         progress.start(trainer.step)
         summary = trainer.run()
     progress.end(summary)

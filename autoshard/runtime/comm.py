@@ -27,7 +27,7 @@ from ..lower.program import Program
 from ..trace.graph import Tensor as Spec
 from .inputs import torch_dtype
 from .requests import Meet, Receive, Request, Send
-from .watchdog import STOP_AFTER, Playing, Watchdog, blame, keep_quiet
+from .watchdog import ANSWER, STOP_AFTER, Playing, Watchdog, blame, keep_quiet
 
 T = TypeVar("T")
 MAX_TEXT = 1 << 30
@@ -65,7 +65,7 @@ def watchdog(stop_after: float) -> Watchdog | None:
         made = None
         if hasattr(store, "clone"):
             mine = store.clone()
-            mine.set_timeout(timedelta(seconds=30))
+            mine.set_timeout(timedelta(seconds=ANSWER))
             named = PrefixStore(f"autoshard {generation()}", mine)
             made = Watchdog(named, dist.get_rank(), dist.get_world_size(), stop_after=stop_after)
             keep_quiet(made)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from . import checkpoint, dcp, huggingface
 from .checkpoint import folder as folders
 from .checkpoint.blocks import NAMES, Source, write
@@ -18,12 +18,17 @@ from .checkpoint.reader import Tensors, Weights
 KINDS = ("hf", "dcp", "autoshard")
 
 
+def is_dcp(folder: Path) -> bool:
+    """Whether this is a folder of torch.distributed.checkpoint."""
+    return (folder / dcp.METADATA).exists() and not huggingface.is_folder(folder)
+
+
 def open_source(path: str | os.PathLike[str], prefix: str = "") -> Tensors:
     """Whatever kind of folder it is. `prefix`: of a DCP folder, take the tensors under this prefix. Raises CheckpointError."""
     folder = Path(path)
     if huggingface.is_folder(folder):
         return huggingface.Folder(folder)
-    if (folder / dcp.METADATA).exists():
+    if is_dcp(folder):
         return dcp.Folder(folder, prefix)
     found = folder if folders.is_checkpoint(folder) else checkpoint.newest(folder)
     if found is None:
@@ -35,9 +40,9 @@ def convert(
     source: str | os.PathLike[str], target: str | os.PathLike[str], to: str, *, config: Any = None, prefix: str = "", step: int = 0
 ) -> Path:
     """Write a folder's weights as another kind: "hf" (`config`: the model's), "dcp" (names get the `prefix`) or "autoshard" (in
-    target/step-…). Optimizers' state stays behind. Raises CheckpointError."""
+    target/step-…). Optimizers' state stays behind. Raises CheckpointError, and ConfigError for another `to`."""
     if to not in KINDS:
-        raise CheckpointError(f"to={to!r}; expected one of {', '.join(KINDS)}")
+        raise ConfigError(f"to={to!r}; expected one of {', '.join(KINDS)}")
     opened = open_source(source, prefix if to != "dcp" else "")
     try:
         if to == "hf":

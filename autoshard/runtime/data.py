@@ -222,25 +222,35 @@ class Batches:
         epoch, place = divmod(number, windows)
         return self.seq * (place if self.order == "sequential" else shuffled(place, windows, self.seed, which, epoch))
 
+    @property
+    def tokens_seen(self) -> int:
+        return sum(self.taken) * self.seq
+
     # ---- where it stands ------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes: plain data."""
         sizes = [[s.name, len(s.tokens), s.weight] for s in self.streams]
-        return {"taken": list(self.taken), "sources": sizes, "seq": self.seq, "order": self.order, "seed": self.seed}
+        return {
+            "taken": list(self.taken), "sources": sizes, "seq": self.seq, "order": self.order, "seed": self.seed, "batch": self.batch,
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Go on where `state` was taken. Raises DataError where the data is other than it was then."""
+        """Go on where `state` was taken (the batch may be another: what comes next is the same). Raises DataError where the data is
+        other than it was then."""
         if not isinstance(state, Mapping) or "taken" not in state:
             raise DataError("the checkpoint says nothing of where the data stood")
         now = self.state()
-        for name in ("seq", "order", "seed"):
+        for name, key in (("seq", "data.seq"), ("order", "data.order"), ("seed", "run.seed")):
             if state.get(name) != now[name]:
-                raise DataError(f"the checkpoint's data has {name} {state.get(name)}, but the config says {now[name]}", hint="set it back")
+                raise DataError(
+                    f"the checkpoint's data has {name} {state.get(name)}, but the config says {now[name]}",
+                    hint=f"set {key} back, or start anew from its weights (autoshard checkpoint convert, model.pretrained)",
+                )
         sizes = [list(s) for s in state.get("sources", [])]
         if [s[1:] for s in sizes] != [s[1:] for s in now["sources"]]:
             raise DataError(
-                f"the checkpoint's data was {sizes}, but now it is {now['sources']}", hint="the same sources, in the same order"
+                f"the checkpoint's data was {sizes}, but now it is {now['sources']}", hint="give the same sources, in the same order, with the same data.held_out"
             )
         taken = state["taken"]
         if len(taken) != len(self.taken) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in taken):

@@ -28,7 +28,7 @@ NAMES = {
     "loss_metrics/global_avg_loss": "mean loss of the steps since the last log (each the whole batch's, over all ranks)",
     "loss_metrics/global_max_loss": "the largest of them",
     "grad_norm": "the gradient's global norm before clipping, of the last step",
-    "optimizer/lr": "learning rate of the last step",
+    "lr": "learning rate of the last step",
     "throughput(tps)": "tokens a second and device",
     "tflops": "10**12 operations of the model a second and device",
     "mfu(%)": "that, as a part of the device's peak",
@@ -37,12 +37,18 @@ NAMES = {
     "time_metrics/data_loading(s)": "of these, waiting for data",
     "time_metrics/data_loading(%)": "that, as a part",
     "memory/max_active(GiB)": "most memory in live tensors (on CUDA; else the process's peak)",
+    "memory/max_active(%)": "that, as a part of the device's memory",
     "memory/max_reserved(GiB)": "most memory that the allocator held (on CUDA; else the process's peak)",
     "memory/max_reserved(%)": "that, as a part of the device's memory",
     "memory/num_alloc_retries": "times that the allocator had to free and try again",
     "memory/num_ooms": "times that it failed",
     "skipped_steps": "steps skipped so far because the loss or the gradient wasn't finite (ours)",
     "validation_metrics/loss": "mean loss of held-out text",
+    "validation_metrics/throughput(tps)": "tokens of it a second and device",
+    "validation_metrics/memory/max_active(GiB)": "as memory/..., since the last metrics",
+    "validation_metrics/memory/max_active(%)": "that, as a part of the device's memory",
+    "validation_metrics/memory/max_reserved(GiB)": "as memory/..., since the last metrics",
+    "validation_metrics/memory/max_reserved(%)": "that, as a part of the device's memory",
 }
 """Every name that is written, and what it means."""
 
@@ -91,7 +97,9 @@ class JsonLines:
 
 
 class TensorBoard:
-    def __init__(self, folder: str) -> None:
+    """`after`: where a run resumes; TensorBoard hides what an earlier writer had of later steps."""
+
+    def __init__(self, folder: str, after: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -99,25 +107,41 @@ class TensorBoard:
                 "metrics.tensorboard needs the package tensorboard, which isn't installed",
                 hint="pip install tensorboard, or metrics.tensorboard: null",
             ) from error
-        self.writer: Any = SummaryWriter(folder)  # type: ignore[no-untyped-call]
+        try:
+            self.writer: Any = SummaryWriter(folder, purge_step=None if after is None else after + 1)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise ConfigError(f"can't write metrics to {folder}: {error.strerror or error}") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
 
 
 class Wandb:
-    def __init__(self, project: str, config: Mapping[str, Any]) -> None:
+    """`run`: the id of the run that a resumed one goes on with (W&B keeps what it has of steps that come again)."""
+
+    def __init__(self, project: str, config: Mapping[str, Any], run: str | None) -> None:
         try:
             import wandb  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
             raise ConfigError(
                 "metrics.wandb needs the package wandb, which isn't installed", hint="pip install wandb, or metrics.wandb: null"
             ) from error
-        self.run: Any = wandb.init(project=project, config=dict(config))
+        resumed = {} if run is None else {"id": run, "resume": "allow"}
+        try:
+            self.run: Any = wandb.init(project=project, config=dict(config), **resumed)
+        except wandb.Error as error:
+            raise ConfigError(
+                f"Weights & Biases doesn't start: {error}", hint="wandb login, or WANDB_MODE=offline, or metrics.wandb: null"
+            ) from error
+
+    @property
+    def id(self) -> str:
+        return str(self.run.id)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -126,15 +150,21 @@ class Wandb:
         self.run.finish()
 
 
-def open_sinks(wanted: Metrics, config: Mapping[str, Any], after: int | None) -> list[Sink]:
-    """What a config asks for. Raises ConfigError where a package is missing."""
+def open_sinks(wanted: Metrics, config: Mapping[str, Any], after: int | None, run: str | None = None) -> list[Sink]:
+    """What a config asks for. `after`, `run`: the step and the W&B run that are resumed. Raises ConfigError where a package is missing
+    or a file can't be written."""
     sinks: list[Sink] = []
-    if wanted.tensorboard:
-        sinks.append(TensorBoard(wanted.tensorboard))
-    if wanted.wandb:
-        sinks.append(Wandb(wanted.wandb, config))
-    if wanted.file:
-        sinks.append(JsonLines(wanted.file, after))
+    try:
+        if wanted.file:
+            sinks.append(JsonLines(wanted.file, after))
+        if wanted.tensorboard:
+            sinks.append(TensorBoard(wanted.tensorboard, after))
+        if wanted.wandb:
+            sinks.append(Wandb(wanted.wandb, config, run))
+    except BaseException:
+        for sink in sinks:
+            sink.close()
+        raise
     return sinks
 
 
@@ -170,7 +200,6 @@ class Meter:
     losses: list[float] = field(default_factory=list)
     waited: float = 0.0
     since: float = field(default_factory=time.perf_counter)
-    peak_reset: bool = False
 
     def step(self, loss: float, waited: float) -> None:
         self.losses.append(loss)
@@ -180,8 +209,14 @@ class Meter:
         """Time that isn't training's (evaluation, checkpoints)."""
         self.since += seconds
 
-    def values(self, step: int, norm: float, rate: float, skipped: int) -> dict[str, float]:
-        """What `NAMES` says, of the steps since the last call."""
+    def evaluated(self, loss: float, batches: int, seconds: float) -> dict[str, float]:
+        """What `NAMES` says of an evaluation."""
+        memory = {f"validation_metrics/{name}": value for name, value in self._memory().items() if "max" in name}
+        speed = self.tokens * batches / max(seconds, 1e-9) / self.ranks
+        return {"validation_metrics/loss": loss, "validation_metrics/throughput(tps)": speed, **memory}
+
+    def values(self, seen: int, norm: float, rate: float, skipped: int) -> dict[str, float]:
+        """What `NAMES` says, of the steps since the last call. `seen`: tokens since the beginning."""
         now, count = time.perf_counter(), max(len(self.losses), 1)
         each = max(now - self.since, 1e-9) / count
         tflops = self.flops / each / self.ranks / 1e12
@@ -189,11 +224,11 @@ class Meter:
             "loss_metrics/global_avg_loss": sum(self.losses) / count,
             "loss_metrics/global_max_loss": max(self.losses, key=lambda x: math.inf if math.isnan(x) else x, default=math.nan),
             "grad_norm": norm,
-            "optimizer/lr": rate,
+            "lr": rate,
             "throughput(tps)": self.tokens / each / self.ranks,
             "tflops": tflops,
             "mfu(%)": 100 * tflops * 1e12 / self.kind.peak_flops(self.dtype),
-            "n_tokens_seen": float(step * self.tokens),
+            "n_tokens_seen": float(seen),
             "time_metrics/end_to_end(s)": each,
             "time_metrics/data_loading(s)": self.waited / count,
             "time_metrics/data_loading(%)": 100 * self.waited / count / each,
@@ -217,6 +252,7 @@ class Meter:
             whole = int(self.kind.memory)
         return {
             "memory/max_active(GiB)": active / 2**30,
+            "memory/max_active(%)": 100 * active / whole,
             "memory/max_reserved(GiB)": reserved / 2**30,
             "memory/max_reserved(%)": 100 * reserved / whole,
             "memory/num_alloc_retries": float(stats.get("num_alloc_retries", 0)),

@@ -2,7 +2,7 @@
 
 In: an optimizer class, named local shards, options. Out: a `torch.optim.Optimizer` whose `param_groups` are the wrapped one's, so
 that learning rate schedulers work on it. An optimizer that looks at a whole tensor (its rows, its norm, its inverse root) would
-compute something else on shards, and is refused.
+compute something else on shards, and is refused. A step whose gradients aren't finite on some rank is left out on all of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def check_elementwise(cls: type[optim.Optimizer]) -> None:
 
 class ShardedOptimizer(optim.Optimizer):
     """Steps local shards. `groups`: (name pattern, options) pairs; `names`: all of the model's names that a pattern may mean;
-    `masters`: whether parameters of low precision are stepped in float32 (or as they are: less memory, and small steps get lost)."""
+    `masters`: whether parameters of low precision are stepped in float32 (or as they are: less memory, and small steps get lost);
+    `reduce`: (tensor, "max") over all ranks, which makes `step` a collective call."""
 
     def __init__(
         self,
@@ -60,10 +61,11 @@ class ShardedOptimizer(optim.Optimizer):
         groups: Sequence[tuple[str, dict[str, Any]]] = (),
         names: Sequence[str] = (),
         masters: bool = True,
+        reduce: Callable[[Tensor, str], Tensor] = lambda tensor, op: tensor,
         **options: Any,
     ) -> None:
         check_elementwise(cls)
-        self.named = list(named)
+        self.named, self.reduce = list(named), reduce
         low = [(name, p) for name, p in named if masters and p.dtype in (torch.bfloat16, torch.float16)]
         self.masters = {name: nn.Parameter(p.detach().float()) for name, p in low}
         if named and "fused" in inspect.signature(cls).parameters and all(p.is_cuda for _, p in named):
@@ -73,9 +75,11 @@ class ShardedOptimizer(optim.Optimizer):
         self.inner = cls(_groups(self.named, self.masters, groups, names), **options)
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self.norm: Tensor | None = None
-        """The gradients' norm over all ranks, if it was taken since the last step."""
+        """The gradients' norm over all ranks, if it was taken since they last changed."""
         self.skipped = 0
-        """Steps that were left out because it wasn't finite."""
+        """Steps that were left out because a gradient wasn't finite."""
+        self.tells = True
+        """Whether this process says so (one of them does)."""
         self._share()
 
     def _share(self) -> None:
@@ -88,9 +92,10 @@ class ShardedOptimizer(optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         norm, self.norm = self.norm, None
-        if norm is not None and not torch.isfinite(norm):
+        if not (self._finite() if norm is None else bool(torch.isfinite(norm))):
             self.skipped += 1
-            log.warning("the gradients' norm is %s: the step is left out on every rank (%d so far)", float(norm), self.skipped)
+            if self.tells:
+                log.warning("a gradient isn't finite: the step is left out on every rank (%d so far)", self.skipped)
             return loss
         for name, param in self.named:
             if name in self.masters:
@@ -101,6 +106,14 @@ class ShardedOptimizer(optim.Optimizer):
                 param.copy_(self.masters[name])
                 self.masters[name].grad = None
         return loss
+
+    def _finite(self) -> bool:
+        """Whether every gradient on every rank is: one pass that only reads them, and one number to agree on."""
+        grads = [p.grad for _, p in self.named if p.grad is not None and p.grad.numel()]
+        device = next((p.device for _, p in self.named), torch.device("cpu"))
+        # the largest, as a sum of squares can overflow
+        bad = torch.isfinite(torch.nn.utils.get_total_norm(grads, float("inf"))).logical_not() if grads else torch.zeros(())
+        return not bool(self.reduce(bad.to(device, torch.int32), "max"))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for _, param in self.named:

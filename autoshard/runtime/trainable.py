@@ -199,6 +199,8 @@ class Trainable(ABC):
         masks = draw_masks(loaded.program.ranks, loaded.captured.draws if loaded.captured else ())
         inputs = StepInputs(batch, self.seed + self.steps_taken, masks)
         self.steps_taken += 1
+        for optimizer in self.optimizers:
+            optimizer.norm = None  # of gradients that are about to change
         return self._results([Step(x, s, inputs) for x, s in zip(loaded.executors, self.states, strict=True)], bool(outputs))
 
     def eval_step(self, *args: Any, outputs: Outputs = (), **kwargs: Any) -> Any:
@@ -342,15 +344,18 @@ class Trainable(ABC):
         **options: Any,
     ) -> ShardedOptimizer:
         """An optimizer on the shards. `groups`: (name pattern, options), the first that matches a parameter's name decides. `masters`:
-        step bfloat16 and float16 parameters in float32."""
+        step bfloat16 and float16 parameters in float32. Its `step` is a collective call: where a gradient isn't finite on some rank,
+        parameters and states stay as they are on all of them, and it says so."""
         named = [(name, param) for name, param in self.named_parameters() if param.requires_grad]
-        made = ShardedOptimizer(cls, named, groups, [p for p, o in self.owner.items() if p == o], masters, **options)
+        names = [p for p, o in self.owner.items() if p == o]
+        made = ShardedOptimizer(cls, named, groups, names, masters, self._reduce, **options)
+        made.tells = any(state.rank == 0 for state in self.states)
         self.optimizers.append(made)
         return made
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_ on the whole model (a collective call). The total norm before clipping. Where that isn't
-        finite, the next step of every optimizer leaves the parameters alone, on all ranks alike."""
+        finite, the next step of every optimizer is left out on all ranks (it has no need to look at the gradients again)."""
         norm_type = float(norm_type)
         if norm_type <= 0:
             raise ValueError(f"norm_type is {norm_type}; expected a positive number, or inf")
@@ -359,12 +364,16 @@ class Trainable(ABC):
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for state in self.states:
             for path, param in state.params.items():
-                if param.grad is None or state.rank not in holders[path] or not param.numel():
+                if param.grad is None or not param.numel():
                     continue
                 norm = torch.linalg.vector_norm(param.grad, norm_type, dtype=None if param.dtype == torch.float64 else torch.float32)
+                if state.rank not in holders[path]:
+                    norm = norm * 0.0  # a replica counts once, but has to be finite everywhere
                 total = torch.maximum(total, norm) if highest else total + norm**norm_type
         if any(v.tensor.dtype == "float64" for v in self.program.graph.sources("param")):
             total = total.double()
+        if highest:  # a maximum over ranks may drop a NaN
+            total = torch.nan_to_num(total, nan=float("inf"), posinf=float("inf"))
         total = self._reduce(total, "max" if highest else "sum")
         total = total if highest else total ** (1.0 / norm_type)
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)

@@ -11,18 +11,21 @@ import contextlib
 import fnmatch
 import logging
 import math
+import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import AutoshardError, ConfigError
+from ..errors import AutoshardError, CheckpointError, ConfigError
 from . import checkpoint
+from .comm import Comm
 from .data import Batches
-from .metrics import Meter, Sink, model_flops, open_sinks
+from .metrics import Meter, Sink, Wandb, model_flops, open_sinks
 from .module import Sharded
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from ..plan.cluster import DeviceType
 
 log = logging.getLogger("autoshard")
+OPTIONS = {"initial_lr": "learning rate", "betas": "betas", "eps": "eps", "weight_decay": "weight decay"}
+"""Options of AdamW that a config decides, and what they are called."""
 
 
 class NonFiniteError(AutoshardError, ArithmeticError):
@@ -91,39 +96,54 @@ class Trainer:
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(step, config))
         self.step = self.skipped = self.in_a_row = self.saved = 0
+        self.wandb: str | None = None
+        self.meter = self._meter()
         self.told_to_stop = False
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
     def begin(self, resume: bool) -> None:
-        """Resume from the newest whole checkpoint, or start anew (with `resume` too, where there is none). Raises CheckpointError,
-        and ConfigError where starting anew would mix with the checkpoints of another run."""
+        """Resume from the newest whole checkpoint (`claim` says whether there is one), or start anew. What the config says of the
+        optimizer and the schedule holds from here on, whatever it was before. Raises CheckpointError, DataError."""
         folder = self.config.checkpoints.folder
-        found = self.comm.share(str(checkpoint.newest(folder) or "") if folder and self.first else "")
-        if not resume:
-            if found:
-                raise self._once(
-                    ConfigError(f"{folder} has checkpoints already", hint="--resume goes on from them; or give another checkpoints.folder")
-                )
+        if not resume or not folder:
             return
-        if not folder:
-            raise self._once(ConfigError("there is nothing to resume from: checkpoints.folder isn't set"))
-        if not found:
-            self.watcher.say(f"no checkpoint in {folder}: starting at the beginning")
-            return
+        wanted = [{key: group[key] for key in OPTIONS} for group in self.optimizer.param_groups]
         restored = self.sharded.load(folder, scheduler=self.scheduler)
         self.batches.restore(restored.data)
         self.step = self.saved = restored.step
         self.skipped = int(restored.extra.get("skipped", 0))
+        run = restored.extra.get("wandb")
+        self.wandb = run if isinstance(run, str) and re.fullmatch(r"[\w.-]{1,128}", run) else None
         self.watcher.say(f"resumed from {restored.path}, step {restored.step}")
+        self._change(wanted)
+        batch = restored.data.get("batch", self.batches.batch)
+        if batch != self.batches.batch:
+            self.watcher.say(f"data.batch is {self.batches.batch} from here on, it was {batch}")
+        if self.step >= self.config.run.steps:
+            self.watcher.say(f"nothing is left to train: run.steps is {self.config.run.steps}")
+
+    def _change(self, wanted: Sequence[Mapping[str, Any]]) -> None:
+        """Set the optimizer's options, after a checkpoint brought its own."""
+        said = set()
+        for group, options in zip(self.optimizer.param_groups, wanted, strict=True):
+            for key, value in options.items():
+                if group[key] != value and str(group[key]) != str(value):
+                    said.add(f"the optimizer's {OPTIONS[key]} is {value} from here on, it was {group[key]}")
+                group[key] = value
+            group["lr"] = group["initial_lr"] * rate(self.step, self.config)
+        for text in sorted(said):
+            self.watcher.say(text)
+        self.scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def save(self) -> None:
         checkpoints = self.config.checkpoints
         if not checkpoints.folder or self.saved == self.step:
             return
         path = self.sharded.save(
-            checkpoints.folder, step=self.step, scheduler=self.scheduler, data=self.batches.state(), extra={"skipped": self.skipped},
-            keep=checkpoints.keep,
+            checkpoints.folder, step=self.step, scheduler=self.scheduler, data=self.batches.state(),
+            extra={"skipped": self.skipped, "wandb": self.wandb}, keep=checkpoints.keep,
         )  # fmt: skip
         self.saved = self.step
         self.watcher.say(f"saved {path}")
@@ -134,7 +154,8 @@ class Trainer:
         """Train to the end. Raises NonFiniteError."""
         summary = Summary(self.step)
         sinks = self.comm.together(self._sinks)
-        meter = self._meter()
+        self.wandb = next((sink.id for sink in sinks if isinstance(sink, Wandb)), self.wandb)
+        self.meter = meter = self._meter()
         try:
             with self._stoppable():
                 while self.step < self.config.run.steps and not summary.stopped:
@@ -172,7 +193,8 @@ class Trainer:
         meter.step(loss, waited)
         self.watcher.step(self.step, loss)
         if self.in_a_row >= self.config.run.max_nonfinite:
-            raise self._once(
+            raise _once(
+                self.comm,
                 NonFiniteError(
                     f"{self.in_a_row} steps in a row up to step {self.step} had a loss or a gradient that isn't finite",
                     hint="lower optimizer.lr, lengthen schedule.warmup, or look at the data; earlier checkpoints are whole",
@@ -183,7 +205,7 @@ class Trainer:
     def _report(self, meter: Meter, sinks: Sequence[Sink], norm: float, used: float) -> None:
         if self.step % self.config.run.log_every and self.step not in (1, self.config.run.steps):
             return
-        values = meter.values(self.step, norm, used, self.skipped)
+        values = meter.values(self.batches.tokens_seen, norm, used, self.skipped)
         for sink in sinks:
             sink.write(self.step, values)
         self.watcher.metrics(self.step, values)
@@ -205,21 +227,20 @@ class Trainer:
         if self.held_out is None:
             return None
         self.held_out.taken = [0] * len(self.held_out.streams)
-        count = self.config.evaluation.batches
-        total = 0.0
+        began, count, total = time.perf_counter(), self.config.evaluation.batches, 0.0
         for _ in range(count):
             batch: dict[str, Any] = next(self.held_out)
             total += float(self.sharded.eval_step(**batch))
-        loss = total / count
+        values = self.meter.evaluated(total / count, count, time.perf_counter() - began)
         for sink in sinks:
-            sink.write(self.step, {"validation_metrics/loss": loss})
-        self.watcher.metrics(self.step, {"validation_metrics/loss": loss})
-        return loss
+            sink.write(self.step, values)
+        self.watcher.metrics(self.step, values)
+        return total / count
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
 
     def _sinks(self) -> list[Sink]:
-        return open_sinks(self.config.metrics, asdict(self.config), self.step or None) if self.first else []
+        return open_sinks(self.config.metrics, asdict(self.config), self.step or None, self.wandb) if self.first else []
 
     def _meter(self) -> Meter:
         program, data = self.sharded.program, self.config.data
@@ -250,10 +271,39 @@ class Trainer:
             self.watcher.say(f"told to stop: ending after step {self.step}")
         return stop
 
-    def _once(self, error: AutoshardError) -> AutoshardError:
-        """An error that all ranks raise alike, and the first tells."""
-        error.elsewhere = not self.first
-        return error
+
+
+def claim(folder: str | None, comm: Comm, resume: bool) -> bool:
+    """Whether there is a checkpoint to resume from; before anything costly is made, and the folder is one that can be written. Raises
+    ConfigError where starting anew would mix with another run's checkpoints, CheckpointError where all that are there are damaged."""
+    if not folder:
+        if resume:
+            raise _once(comm, ConfigError("there is nothing to resume from: checkpoints.folder isn't set"))
+        return False
+    found = comm.share(comm.together(lambda: _found(folder) if comm.rank == 0 else ""))
+    if found and not resume:
+        hint = "--resume goes on from them; or give another checkpoints.folder"
+        raise _once(comm, ConfigError(f"{folder} has checkpoints already, {found} the latest", hint=hint))
+    checkpoint.prepare(folder, comm)
+    return bool(found)
+
+
+def _found(folder: str) -> str:
+    """The name of the newest checkpoint, "" where there is none. Raises CheckpointError where none is whole."""
+    there = checkpoint.folder.steps(Path(folder))
+    whole = checkpoint.newest(folder) if there else None
+    if there and whole is None:
+        raise CheckpointError(
+            f"none of its {len(there)} checkpoints is whole", where=folder, hint="autoshard checkpoint verify says what is wrong; "
+            "to start anew, move them away or give another checkpoints.folder",
+        )  # fmt: skip
+    return whole.name if whole else ""
+
+
+def _once(comm: Comm, error: AutoshardError) -> AutoshardError:
+    """An error that all ranks raise alike, and the first tells."""
+    error.elsewhere = comm.rank != 0
+    return error
 
 
 def _groups(config: Config, names: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -268,4 +318,4 @@ def _groups(config: Config, names: Sequence[str]) -> list[tuple[str, dict[str, A
     return groups
 
 
-__all__ = ["NonFiniteError", "Summary", "Trainer", "Watcher", "rate"]
+__all__ = ["NonFiniteError", "Summary", "Trainer", "Watcher", "claim", "rate"]

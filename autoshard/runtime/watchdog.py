@@ -40,6 +40,8 @@ STOP_AFTER = 600.0
 """Seconds of waiting for a rank that is alive (it may be writing a checkpoint, or compiling) after which all ranks end."""
 STOPPED_AFTER = 30.0
 """Seconds of waiting for a rank that doesn't report."""
+ANSWER = 30.0
+"""Seconds after which a call of the store gives up (it must be made with this timeout)."""
 
 
 class Store(Protocol):
@@ -215,10 +217,11 @@ class Watchdog:
         atexit.register(self.close)
 
     def close(self) -> None:
+        """End both threads. One that is in a call of the store is waited for: on a busy machine that takes a while."""
         atexit.unregister(self.close)
         self.ending.set()
         for thread in self.threads:
-            thread.join(2 * TICK)
+            thread.join(ANSWER + 2 * TICK)
 
     def talk(self) -> None:
         while not self.ending.wait(TICK):

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from autoshard.cli import run
+from autoshard.cli.checkpoint import Kind
+from autoshard.errors import ConfigError
+from autoshard.runtime.convert import KINDS, convert
 
 GPT = str(Path(__file__).parents[2] / "examples" / "gpt.py") + ":build"
 
@@ -36,11 +39,24 @@ def test_inspect(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capfd.readouterr().out)["step"] == 1
 
 
-def test_convert(folder: Path, tmp_path: Path) -> None:
+def test_convert(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     assert run(["checkpoint", "convert", str(folder), str(tmp_path / "hf")]) == 0
     assert "token_embedding.weight" in safetensors.load_file(tmp_path / "hf" / "model.safetensors")
-    assert run(["checkpoint", "convert", str(folder), str(tmp_path / "x"), "--to", "nonsense"]) == 5
+    capfd.readouterr()
+    assert run(["checkpoint", "convert", str(folder), str(tmp_path / "x"), "--to", "nonsense"]) == 2
+    said = capfd.readouterr().err
+    assert all(f"'{kind}'" in said for kind in KINDS), said
+    for useless in (["--step", "3"], ["--to", "dcp", "--config", "config.json"], ["--prefix", "model."]):
+        assert run(["checkpoint", "convert", str(folder), str(tmp_path / "x"), *useless]) == 2
+        assert "has no effect" in capfd.readouterr().err
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ConfigError, match="expected one of hf, dcp, autoshard"):
+        convert(folder, tmp_path / "x", "nonsense")
+
+
+def test_the_command_line_knows_every_kind() -> None:
+    assert tuple(Kind) == KINDS
 
 
 def test_verify(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,30 @@ def test_real_ranks_equal_played_ones(options):
         assert found == expected  # the same ops in the same order: bit for bit
 
 
+def poisoned_on(victim, value, norm):
+    """A gradient that isn't finite in one rank's shard alone: which steps each rank takes, and what they change."""
+    trainer = Sharded(program(), Plain(), device=CPU, compile=False)
+    optimizer = trainer.optimizer(torch.optim.AdamW, lr=0.05)
+    taken = []
+    for bad in (False, True, False):
+        before = [p.detach().clone() for p in trainer.parameters()]
+        trainer.train_step(**batch())
+        if bad and trainer.comm.rank == victim:
+            next(p for p in trainer.parameters() if p.grad is not None).grad.view(-1)[-1] = value
+        if norm is not None:
+            trainer.clip_grad_norm_(1.0, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.append(any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters(), strict=True)))
+    return taken, optimizer.skipped, optimizer.tells
+
+
+@pytest.mark.parametrize(("victim", "value", "norm"), [(3, "nan", None), (0, "inf", None), (1, "nan", float("inf"))])
+def test_all_ranks_leave_out_what_one_finds_not_finite(victim, value, norm):
+    found = ranks(4, poisoned_on, victim, float(value), norm)
+    assert found == [([True, False, True], 1, rank == 0) for rank in range(4)]
+
+
 def agree():
     comm = Comm(CPU)
     assert comm.share("plän" if comm.rank == 0 else "") == "plän"

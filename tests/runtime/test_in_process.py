@@ -139,19 +139,34 @@ def test_an_error_inside_a_module_says_where():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_without_finite_gradients_is_left_out_on_every_rank(bad):
+@pytest.mark.parametrize("norm", [2.0, float("inf"), None])
+def test_a_step_without_finite_gradients_is_left_out_on_every_rank(bad, norm, caplog):
     trainer = InProcess(program(dtype="float64"), Plain(torch.float64))
     optimizer = trainer.optimizer(torch.optim.AdamW, lr=0.05)
     before = trainer.state_dict()
     poisoned = {name: (tensor * bad if tensor.is_floating_point() else tensor) for name, tensor in batch(torch.float64).items()}
     trainer.train_step(**poisoned)
-    assert not torch.isfinite(trainer.clip_grad_norm_(1.0))
+    if norm is not None:
+        assert not torch.isfinite(trainer.clip_grad_norm_(1.0, norm))
     optimizer.step()
     optimizer.zero_grad()
     assert optimizer.skipped == 1 and all(torch.equal(t, before[name]) for name, t in trainer.state_dict().items())
+    assert caplog.text.count("the step is left out") == 1 and not optimizer.state
     trainer.train_step(**batch(torch.float64))
-    trainer.clip_grad_norm_(1.0)
+    if norm is not None:
+        trainer.clip_grad_norm_(1.0, norm)
     optimizer.step()
     after = trainer.state_dict()
     assert optimizer.skipped == 1 and all(torch.isfinite(t).all() for t in after.values())
     assert any(not torch.equal(t, before[name]) for name, t in after.items())
+
+
+def test_a_norm_of_older_gradients_says_nothing():
+    trainer = InProcess(program(dtype="float64"), Plain(torch.float64))
+    optimizer = trainer.optimizer(torch.optim.AdamW, lr=0.05)
+    trainer.train_step(**batch(torch.float64))
+    trainer.clip_grad_norm_(1.0)
+    good = batch(torch.float64)
+    trainer.train_step(x=good["x"], y=good["y"] * float("nan"))
+    optimizer.step()
+    assert optimizer.skipped == 1

@@ -67,6 +67,22 @@ def test_low_precision_parameters_have_float32_masters(dtype):
         assert torch.equal(p, e.to(dtype))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
+def test_gradients_that_are_not_finite_are_seen_in_any_dtype(dtypes):
+    named = [(f"p{i}", nn.Parameter(torch.ones(3, dtype=dtype))) for i, dtype in enumerate(dtypes)]
+    named += [("empty", nn.Parameter(torch.ones(0))), ("idle", nn.Parameter(torch.ones(2)))]
+    ours = ShardedOptimizer(optim.SGD, named, lr=0.1)
+    for last in (torch.finfo(dtypes[1]).max, float("nan"), float("-inf")):  # the largest number is finite, its square isn't
+        for _, p in named[:3]:
+            p.grad = torch.ones_like(p)
+        named[1][1].grad[-1] = last
+        ours.step()
+    assert ours.skipped == 2
+    ours.zero_grad()
+    ours.step()  # nothing to step
+    assert ours.skipped == 2
+
+
 def test_groups_by_name_and_schedulers():
     ours = ShardedOptimizer(optim.AdamW, params(), [("*.bias", {"weight_decay": 0.0})], ["layer.weight", "layer.bias"], lr=1.0)
     assert [(len(g["params"]), g["weight_decay"]) for g in ours.param_groups] == [(1, 0.0), (1, 0.01)]

@@ -42,6 +42,48 @@ def test_where_a_thread_stands() -> None:
     assert place.endswith("in test_where_a_thread_stands") and not waiting
 
 
+END = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+from autoshard.runtime.watchdog import Watchdog
+
+class Slow:
+    slow = False
+    def __init__(self, store):
+        self.store = store
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+    def check(self, keys):
+        if self.slow:  # as on a busy machine: the thread is in C++, without the interpreter's lock
+            try:
+                self.store.wait(["never"], timedelta(seconds=1.5))
+            except Exception:
+                pass
+        return self.store.check(keys)
+
+class Late:
+    def __del__(self):
+        time.sleep(1.5)  # the interpreter's end takes a while, too
+
+store = Slow(TCPStore("127.0.0.1", 0, 1, True))
+watchdog = Watchdog(store, 0, 1)
+store.slow = True
+time.sleep(0.8)
+sys.modules["late"] = late = Late()
+late.itself = late
+raise SystemExit(7)
+"""
+
+
+def test_a_thread_in_the_store_does_not_abort_the_end_of_the_process() -> None:
+    import subprocess
+    import sys
+
+    found = subprocess.run([sys.executable, "-c", END], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 7 and "terminate called" not in found.stderr, found.stderr
+
+
 def test_a_killed_rank_comes_back_at_the_first_restart() -> None:
     assert recovers()
 

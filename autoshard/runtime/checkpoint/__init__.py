@@ -31,7 +31,7 @@ from .manifest import MANIFEST, MAX_STEP, SEAL, Manifest, file_name, seal
 from .pieces import Logical, Piece, covers
 from .reader import Checkpoint
 
-__all__ = ["Checkpoint", "Restored", "inspect", "load", "newest", "release", "save", "verify"]
+__all__ = ["Checkpoint", "Restored", "inspect", "load", "newest", "prepare", "release", "save", "verify"]
 log = logging.getLogger("autoshard")
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
@@ -120,6 +120,22 @@ def save(
         if first and keep is not None:
             folders.prune(root, keep, Path(path))
     return Path(path)
+
+
+def prepare(folder: PathLike, ranks: Ranks) -> None:
+    """Make sure that checkpoints can be written here, before the first one is (a collective call). Raises CheckpointError on every rank."""
+    root = Path(os.path.abspath(folder))
+    temporary = Path(ranks.share(ranks.together(clean(lambda: str(folders.begin(root, 0)) if ranks.rank == 0 else "", root))))
+
+    def seen() -> None:
+        if not folders.is_folder(temporary):
+            raise CheckpointError(f"rank {ranks.rank} doesn't see this folder", where=str(root), hint="all ranks must see the same one")
+
+    try:
+        ranks.together(seen)
+    finally:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def release(folder: PathLike) -> None:
