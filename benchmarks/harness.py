@@ -19,10 +19,11 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+K = TypeVar("K")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,9 +41,9 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(steps: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 2) -> dict[str, list[float]]:
+def in_turns(steps: Mapping[K, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 2) -> dict[K, list[float]]:
     """Seconds of each call; every round times each of them once, so that a drift of the machine meets all alike."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    found: dict[K, list[float]] = {name: [] for name in steps}
     for i in range(warm + rounds):
         for name, step in steps.items():
             seconds = timed(step, device)
@@ -101,7 +102,11 @@ class Memory:
         return torch.cuda.max_memory_allocated(self.device) - self.base if self.device.type == "cuda" else 0
 
     def free(self) -> int:
-        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 1 << 62
+        """What could be allocated, the caching allocator's own included."""
+        if self.device.type != "cuda":
+            return 1 << 62
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + cached
 
 
 def compiled() -> dict[str, Any]:

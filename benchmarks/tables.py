@@ -38,7 +38,8 @@ class Table:
             return
         table = Rich(title=self.title, title_justify="left")
         for i, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if i else "left", overflow="fold")
+            words = any(isinstance(row[i], str) for row in self.rows)
+            table.add_column(heading, justify="left" if words else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*map(text, row))
         console = Console(width=150, highlight=False, markup=False)

@@ -45,6 +45,8 @@ def _make(task: Task, recipe: str | None) -> Made:
     load(model, take(reference.state_dict(), task.model, work.shape), work.shape.family == "llama", task.ranks.rank, size)
     del reference
     optimizer = torch.optim.AdamW(model.parameters(), **adamw(device))
+    # where the sequence is divided, so are the gradients of what every rank has whole
+    partial = [p for p in model.parameters() if getattr(p, "sequence_parallel", False)] if size > 1 else []
 
     def step(batches: list[dict[str, Tensor]]) -> Tensor:
         total: Tensor | None = None
@@ -53,6 +55,7 @@ def _make(task: Task, recipe: str | None) -> Made:
             loss = (each * b["weight"]).sum()
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
+        _share(partial)
         optimizer.step()
         optimizer.zero_grad()
         assert total is not None
@@ -129,6 +132,15 @@ def _config(task: Task, recipe: str | None) -> Any:
         tensor_model_parallel_size=task.ranks.size, sequence_parallel=task.ranks.size > 1, cross_entropy_loss_fusion=True,
         gradient_accumulation_fusion=False, persist_layer_norm=True, bias_dropout_fusion=True, **options,
     )  # fmt: skip
+
+
+def _share(partial: list[nn.Parameter]) -> None:
+    """Sum gradients over the tensor-parallel ranks, in one message."""
+    grads = [p.grad for p in partial if p.grad is not None]
+    if grads:
+        whole = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(whole)
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(whole.split([g.numel() for g in grads]), grads, strict=True)])
 
 
 def _prepare(batch: Batch, count: int) -> list[dict[str, Tensor]]:
