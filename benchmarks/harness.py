@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -18,10 +19,11 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+K = TypeVar("K")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -39,15 +41,32 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(steps: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 2) -> dict[str, list[float]]:
+def in_turns(steps: Mapping[K, Callable[[], Any]], rounds: int, device: torch.device, warm: int = 2) -> dict[K, list[float]]:
     """Seconds of each call; every round times each of them once, so that a drift of the machine meets all alike."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    found: dict[K, list[float]] = {name: [] for name in steps}
     for i in range(warm + rounds):
         for name, step in steps.items():
             seconds = timed(step, device)
             if i >= warm:
                 found[name].append(seconds)
     return found
+
+
+def kernel(work: Callable[[], Any], device: torch.device, budget: float = 0.15) -> float:
+    """Median seconds that a call keeps the device busy, with nothing of the last one in its cache. `budget`: seconds to spend."""
+    first = timed(work, device)
+    if device.type != "cuda":
+        return median([first, timed(work, device), timed(work, device)])
+    rounds = max(8, min(200, int(budget / max(timed(work, device), 1e-6))))
+    flushed = torch.empty(1 << 28, dtype=torch.int8, device=device)
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for start, end in marks:
+        flushed.zero_()
+        start.record()
+        work()
+        end.record()
+    synchronize(device)
+    return median([start.elapsed_time(end) / 1e3 for start, end in marks])
 
 
 def median(seconds: list[float]) -> float:
@@ -83,7 +102,11 @@ class Memory:
         return torch.cuda.max_memory_allocated(self.device) - self.base if self.device.type == "cuda" else 0
 
     def free(self) -> int:
-        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 1 << 62
+        """What could be allocated, the caching allocator's own included."""
+        if self.device.type != "cuda":
+            return 1 << 62
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + cached
 
 
 def compiled() -> dict[str, Any]:
@@ -126,7 +149,7 @@ def frames(codes: set[CodeType]) -> Iterator[dict[CodeType, int]]:
 def machine(device: torch.device) -> dict[str, Any]:
     """Hardware and versions."""
     found: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for package in ("torch", "triton", "transformers"):
+    for package in ("torch", "triton", "transformers", "megatron-core", "transformer-engine"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -135,6 +158,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         found["device"] = properties.name
         found["device_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        found["devices"] = torch.cuda.device_count()
         found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
     else:
         found["device"], found["threads"] = platform.processor() or "cpu", torch.get_num_threads()
@@ -153,12 +177,22 @@ def commit() -> str:
         return ""
 
 
-def record(name: str, content: Mapping[str, Any], device: torch.device, folder: Path = RESULTS) -> Path:
-    """Write one JSON file; its name says what, where and when."""
+def record(name: str, content: Mapping[str, Any], device: torch.device, folder: Path = RESULTS, path: Path | None = None) -> Path:
+    """Write one JSON file; its name says what, where and when. `path`: an earlier one of this run, to be written anew."""
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC)
     where = machine(device)
-    kind = "".join(c if c.isalnum() else "-" for c in str(where["device"]).lower()).strip("-") if device.type == "cuda" else "cpu"
-    path = folder / f"{name}-{kind}-{now:%Y%m%dT%H%M%S}.json"
-    path.write_text(json.dumps({"when": f"{now:%Y-%m-%dT%H:%M:%SZ}", "machine": where, **content}, indent=1) + "\n")
+    if path is None:
+        kind = "".join(c if c.isalnum() else "-" for c in str(where["device"]).lower()).strip("-") if device.type == "cuda" else "cpu"
+        path = folder / f"{name}-{kind}-{now:%Y%m%dT%H%M%S}.json"
+    path.write_text(json.dumps(finite({"when": f"{now:%Y-%m-%dT%H:%M:%SZ}", "machine": where, **content}), indent=1) + "\n")
     return path
+
+
+def finite(value: Any) -> Any:
+    """What JSON can say: none for a number that isn't finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

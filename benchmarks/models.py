@@ -1,23 +1,30 @@
-"""Models to measure: a plain Llama, written as one writes it for one GPU, and Hugging Face's of the same shape.
+"""Models to measure: a plain Llama, written as one writes it for one GPU (with experts if the shape has them), and Hugging Face's.
 
-Both take `(input_ids, labels)`, and predict each token from those before it. The plain one returns the loss, Hugging Face's an output
-that has it.
+`build` makes the one or the other for a `Shape`. Those of text take `(input_ids, labels)`, Hugging Face's ViT `(pixel_values, labels)`.
+The plain one returns the loss, Hugging Face's an output that has it. The decoders predict each token from those before it.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+PATCH = 16
+"""Pixels on the side of a ViT's patch."""
 
 # shapes:  x [b s d]   q [b h s e]   k, v [b k s e]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama and of its batch."""
+    """The sizes of a model and of its batch. `family`: llama, gpt2, bert or vit; of a llama, `experts` a layer, `topk` to a token. A vit
+    has `seq` patches and a class token, and `vocab` classes."""
 
     layers: int = 16
     hidden: int = 2048
@@ -28,22 +35,19 @@ class Shape:
     seq: int = 4096
     batch: int = 2
     theta: float = 500000.0
+    experts: int = 0
+    topk: int = 2
+    family: str = "llama"
+    dropout: float = 0.0
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
     @property
-    def flops(self) -> int:
-        """Of one step: 6 for each matmul weight and token, and attention counted causally.
-
-        >>> round(Shape().flops / 1e12, 1)
-        67.3
-        """
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv)
-        active = self.layers * (attention + 3 * self.hidden * self.ffn) + self.hidden * self.vocab
-        tokens = self.batch * self.seq
-        return 6 * active * tokens + 6 * self.layers * self.heads * self.head_dim * self.seq * tokens
+    def tokens(self) -> int:
+        """Of a batch, as the layers see them."""
+        return self.batch * (self.seq + (self.family == "vit"))
 
 
 class RMSNorm(nn.Module):
@@ -92,11 +96,31 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class Experts(nn.Module):
+    """Each token goes through the `topk` experts that the router likes best, weighted among these."""
+
+    def __init__(self, c: Shape) -> None:
+        super().__init__()
+        self.topk = c.topk
+        self.router = nn.Linear(c.hidden, c.experts, bias=False)
+        self.experts = nn.ModuleList(MLP(c) for _ in range(c.experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        best, chosen = self.router(rows).float().topk(self.topk, -1)
+        weight = best.softmax(-1).to(x.dtype)
+        out = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            row, place = torch.where(chosen == i)
+            out = out.index_add(0, row, expert(rows[row]) * weight[row, place, None])
+        return out.view_as(x)
+
+
 class Layer(nn.Module):
     def __init__(self, c: Shape) -> None:
         super().__init__()
         self.norm1, self.attention = RMSNorm(c.hidden), Attention(c)
-        self.norm2, self.mlp = RMSNorm(c.hidden), MLP(c)
+        self.norm2, self.mlp = RMSNorm(c.hidden), Experts(c) if c.experts else MLP(c)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x), cos, sin)
@@ -129,14 +153,62 @@ class Llama(nn.Module):
 
 
 def hugging_face(c: Shape) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return HUGGING_FACE[c.family](c)
 
-    config = LlamaConfig(
-        hidden_size=c.hidden, intermediate_size=c.ffn, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv,
-        vocab_size=c.vocab, max_position_embeddings=c.seq, use_cache=False, tie_word_embeddings=False,
-    )  # fmt: skip
+
+def _sdpa(config: Any) -> Any:
     config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config)
+    return config
+
+
+def _llama(c: Shape) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = dict(
+        hidden_size=c.hidden, intermediate_size=c.ffn, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv,
+        vocab_size=c.vocab, max_position_embeddings=c.seq, use_cache=False, tie_word_embeddings=False, rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": c.theta},
+    )  # fmt: skip
+    if not c.experts:
+        return LlamaForCausalLM(_sdpa(LlamaConfig(**sizes)))
+    experts = dict(num_local_experts=c.experts, num_experts_per_tok=c.topk, output_router_logits=True, sliding_window=None)
+    config = _sdpa(MixtralConfig(**experts, **sizes))
+    config._experts_implementation = "grouped_mm"
+    return MixtralForCausalLM(config)
+
+
+def _gpt2(c: Shape) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=c.vocab, n_positions=c.seq, n_embd=c.hidden, n_layer=c.layers, n_head=c.heads, n_inner=c.ffn, use_cache=False,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    config.loss_type = "ForCausalLM"
+    return GPT2LMHeadModel(_sdpa(config))
+
+
+def _bert(c: Shape) -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=c.ffn,
+        max_position_embeddings=c.seq, hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout,
+    )  # fmt: skip
+    return BertForMaskedLM(_sdpa(config))
+
+
+def _vit(c: Shape) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=c.ffn, num_labels=c.vocab,
+        image_size=PATCH * math.isqrt(c.seq), patch_size=PATCH, hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout,
+    )  # fmt: skip
+    return ViTForImageClassification(_sdpa(config))
+
+
+HUGGING_FACE: dict[str, Callable[[Shape], nn.Module]] = {"llama": _llama, "gpt2": _gpt2, "bert": _bert, "vit": _vit}
 
 
 def build(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
