@@ -23,7 +23,7 @@ from ..mesh import Mesh
 from ..trace.blocks import Block, find_blocks
 from ..trace.graph import Graph, Op
 from ..trace.ops.table import TABLE
-from . import schedules
+from . import buckets, merge, schedules
 from .cluster import Cluster
 from .estimate import BlockCosts, block_costs, kinds
 from .fold import Folded, fold
@@ -36,7 +36,7 @@ from .solve import TooWide
 from .stages import balance, crossings
 from .whole import Chain, Unlike, spread
 
-PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide")
+PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets")
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -60,7 +60,9 @@ def search(
     `mesh` pins the degrees (otherwise every split of the cluster's ranks is tried), `microbatches` their count. `pins`:
     "schedule" (gpipe, 1f1b), "cuts" (first block of each stage), "zero" (bool: store what dp replicates in shards),
     "storage" (parameter path → type on tp, as text), "ops" (op → strategy on tp, as text), "divide" (bool: divide parameters and
-    matmuls over tp wherever that is possible, whatever it costs; the default where `mesh` is given). `memory`: bytes per rank.
+    matmuls over tp wherever that is possible, whatever it costs; the default where `mesh` is given), "merge" (linears of one input
+    as one matmul: all that may be, none, or lists of their weights' paths), "buckets" (bytes of parameters, as used, that travel
+    together; 0: each alone). `memory`: bytes per rank.
     `progress` is told what is being looked at. Raises NoPlanError with the reasons of the nearest candidates; `candidates` has all.
     """
     pins = dict(pins or {})
@@ -74,7 +76,7 @@ def search(
     meshes = [wanted] if wanted else list(_meshes(cluster.ranks, graph))
     limit = memory or cluster.device.usable
     # a pin may name what folding leaves out
-    folding = not any(pins.get(p) for p in ("storage", "ops"))
+    folding = not any(pins.get(p) for p in ("storage", "ops")) and isinstance(pins.get("merge", True), bool)
     hold, refused = 0.0, None
     while True:
         searcher = _Search(graph, cluster, pins, limit, pinned=wanted is not None, folding=folding, hold=hold)
@@ -324,10 +326,35 @@ class _Search:
         if isinstance(prices, Prices):
             honest = inner.prices = Prices(self.cluster, mesh, count)
             inner.short = block_costs(space, blocks, placed, honest)
+            self._save(inner)
             inner.costs = inner.short.spread(chain.like)
         else:
             inner.costs = BlockCosts.random(prices.random.random(len(blocks)))
         return inner
+
+    def _merges(self, graph: Graph, blocks: Sequence[Block], placed: Placements, inner: _Inner) -> tuple[list[merge.Group], merge.Merges]:
+        """The linears to merge, and all that may be or may not."""
+        sizes, prices, consumers = inner.space.sizes, inner.prices, graph.consumers()
+        found = merge.mergeable(graph, blocks, placed.ops, placed.storage, sizes)
+        rng = np.random.default_rng(self.seed)
+
+        def pays(linears: Sequence[Op]) -> bool:
+            if isinstance(prices, RandomPrices):
+                return bool(rng.integers(4))
+            return merge.saving(graph, linears, placed.ops, placed.storage, prices, sizes, consumers) > 0
+
+        return merge.choose(found, graph, self.pins.get("merge"), pays), found
+
+    def _save(self, inner: _Inner) -> None:
+        """Take what merged linears save from the blocks' seconds."""
+        graph, prices = inner.split.graph, inner.prices
+        assert isinstance(prices, Prices) and inner.short is not None
+        home = {name: i for i, block in enumerate(inner.blocks) for name in block.ops}
+        ops, consumers = {op.name: op for op in graph.ops}, graph.consumers()
+        for group in self._merges(graph, inner.blocks, inner.placed, inner)[0]:
+            linears = [ops[name] for name in group]
+            saved = merge.saving(graph, linears, inner.placed.ops, inner.placed.storage, prices, inner.space.sizes, consumers)
+            inner.short.compute[home[group[0]]] -= saved
 
     def _pin(self, space: Space) -> None:
         for path, text in dict(self.pins.get("storage", {})).items():
@@ -469,9 +496,13 @@ class _Search:
         if inner.short is not None:
             times = np.bincount(np.asarray(inner.chain.like), minlength=len(inner.blocks))
             found.predicted["kinds"] = kinds(inner.space, inner.blocks, inner.placed, inner.short, times.tolist())
+        groups, merges = self._merges(split.graph, blocks, placed, inner)
+        size = int(self.pins.get("buckets", buckets.BUCKET))
+        starts = buckets.starts(split.graph, blocks, found.cuts, placed.ops, placed.storage, inner.space.sizes, size)
         return Plan(
             self.fingerprint, mesh, found.count, found.schedule, found.cuts, placed.ops, placed.storage, placed.inputs, lists,
-            found.predicted, [*split.graph.notes, *_unruled(split, placed, inner.prices, inner.space.sizes)],
+            groups, size, starts, found.predicted,
+            [*split.graph.notes, *_unruled(split, placed, inner.prices, inner.space.sizes), *merges.notes],
         )  # fmt: skip
 
 

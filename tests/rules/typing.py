@@ -141,7 +141,7 @@ def layout_of(env_name: str, rank: RankProgram) -> Layout | None:
 
 
 def calls(rank: RankProgram) -> list[Call]:
-    return [c for c in (rank.gather, rank.once, rank.data, *rank.blocks) if c]
+    return [c for c in (*rank.gathers, rank.once, rank.data, *rank.blocks) if c]
 
 
 def check(rank: RankProgram, call: Call) -> None:
