@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..layout import I, Layout, R
 from ..errors import PlanFileError
+from ..layout import I, Layout, R
 from ..plan import buckets, merge, schedules
 from ..plan.microbatch import TimeSplit, split_time
 from ..plan.plan import Plan

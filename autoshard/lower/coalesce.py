@@ -26,8 +26,11 @@ def coalesced(module: Module, limit: int) -> Module:
     """Every graph of a module."""
     if not limit:
         return module
-    graphs = {f.name: getattr(module, f.name) for f in dataclasses.fields(Module)}
-    return dataclasses.replace(module, **{k: coalesce(g, limit) for k, g in graphs.items() if isinstance(g, fx.GraphModule)})
+    found = dataclasses.replace(module, forward=coalesce(module.forward, limit))
+    for name in ("backward_input", "backward_weight", "backward"):
+        graph = getattr(module, name)
+        setattr(found, name, None if graph is None else coalesce(graph, limit))
+    return found
 
 
 def coalesce(module: fx.GraphModule, limit: int) -> fx.GraphModule:

@@ -1,7 +1,7 @@
 """Buckets: which parameters travel together, when they are gathered before the loop and when their gradients are reduced after it.
 
-A bucket is a run of blocks of one stage: the parameters that are first used there and aren't used as they are stored. Its collectives of one
-kind become one, on one flat buffer, unless they are large enough to fill the wire by themselves.
+A bucket is a run of blocks of one stage: the parameters that are first used there and aren't used as they are stored. Its collectives of
+one kind become one, on one flat buffer, unless they are large enough to fill the wire by themselves (`lower.coalesce`).
 """
 
 from __future__ import annotations

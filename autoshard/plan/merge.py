@@ -1,9 +1,9 @@
 """Merge: linears of one input become one matmul over the rows of all their weights, where that is legal and pays.
 
-In: the graph of one microbatch, its blocks, the placements. Out: groups of op names (q, k, v; gate, up). What a rank's merged weight is made of
-are its own shards, one below the other, so nothing depends on how evenly they are cut. It must cost no copy in the loop: parameters that are
-used as they are stored lie in one buffer and are views of it (`runtime.executor.State.joined`); of gathered ones the merged weight is what the
-gather routine makes. Where neither is possible the linears stay apart, and `Merges.notes` says why.
+In: the graph of one microbatch, its blocks, the placements. Out: groups of op names (q, k, v; gate, up). A rank's merged weight is its own
+shards, one below the other, so nothing depends on how evenly they are cut. It costs no copy in the loop: parameters that are used as they
+are stored lie in one buffer and are views of it (`runtime.executor.State.joined`); of gathered ones the merged weight is what the gather
+routine makes. Where neither is possible the linears stay apart, and `Merges.notes` says why.
 """
 
 from __future__ import annotations
@@ -33,10 +33,8 @@ class Merges:
 
     @property
     def notes(self) -> list[str]:
-        return [
-            f"linears of one input that aren't merged, because {why}: {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-            for why, paths in self.apart.items()
-        ]
+        more = {why: f" and {len(paths) - 1} more" if len(paths) > 1 else "" for why, paths in self.apart.items()}
+        return [f"linears of one input that aren't merged, because {why}: {paths[0]}{more[why]}" for why, paths in self.apart.items()]
 
 
 def mergeable(
@@ -154,12 +152,14 @@ def choose(found: Merges, graph: Graph, pin: Any, pays: Callable[[Sequence[Op]],
     return chosen
 
 
+Placed = tuple[Tensor, Layout, bool]
+"""A tensor, how it lies, and whether it has a gradient."""
+
+
 class Prices(Protocol):
     """What the planner pays; see `plan.prices`."""
 
-    def merging(
-        self, x: tuple[Tensor, Layout, bool], weights: Sequence[tuple[Tensor, Layout, bool]], copied: float, gathered: bool, sizes: tuple[int, ...]
-    ) -> float: ...
+    def merging(self, x: Placed, weights: Sequence[Placed], copied: float, gathered: bool, sizes: tuple[int, ...]) -> float: ...
 
 
 def saving(

@@ -19,6 +19,7 @@ from ..trace.ops.rule import Rule, Strategy
 from .cluster import Cluster
 from .costs import collective
 from .costs.compute import matmul_seconds, memory_seconds, op_seconds
+from .merge import Placed
 from .placement import AXES, Pair
 
 OPTIMIZER_BYTES = 28
@@ -100,13 +101,11 @@ class Prices:
             return seconds + (DIVIDE * seconds * share if self.divide and share > self._best_share(sizes) else 0.0)
         return held * FUSED / self.device.memory_bandwidth * (2.0 if grad else 1.0)
 
-    def merging(
-        self, x: tuple[Tensor, Layout, bool], weights: Sequence[tuple[Tensor, Layout, bool]], copied: float, gathered: bool, sizes: tuple[int, ...]
-    ) -> float:
+    def merging(self, x: Placed, weights: Sequence[Placed], copied: float, gathered: bool, sizes: tuple[int, ...]) -> float:
         """Seconds of a microbatch that linears of one input save as one matmul: tiles and waves that fill better, launches, and the sums of
         the input's gradients that each would make. `copied`: the part of the result whose gradient is a copy; `gathered`: the merged weight
         is one too, once a step."""
-        (tensor, layout, wanted), (weight, used, trained) = x, weights[0]
+        (tensor, layout, wanted), (weight, _, trained) = x, weights[0]
         size, bandwidth = ITEMSIZE[tensor.dtype], self.device.memory_bandwidth
         k = local_shape(tensor.shape, layout, sizes, (0,) * len(sizes))[-1]
         m = _local_numel(tensor, layout, sizes) // max(k, 1)

@@ -28,6 +28,7 @@ from .inputs import Reader, StepInputs, torch_dtype
 from .requests import Meet, Receive, Request, Send
 
 Results = tuple[Any, ...]
+Named = list[tuple[str, Tensor]]
 Run = Callable[[fx.GraphModule, Sequence[Tensor]], Generator[Request, Any, Results]]
 """How a player runs one graph of a module."""
 
@@ -211,9 +212,9 @@ class Step:
         stored: dict[str, Tensor] = {}
         for i, call in reversed(list(enumerate(self.x.rank.gathers))):  # gradients are complete in this order
             if (-1, i) in self.saved:
-                _, grads = yield from self.inputs_backward(call, self.saved.pop((-1, i)), self.totals, whole=True)
-                for k, grad in zip(call.module.grad_params, grads, strict=True):
-                    _sum(stored, call.inputs[k], grad)
+                _, grads = yield from self.whole_backward(call, self.saved.pop((-1, i)), self.totals)
+                for name, grad in grads:
+                    _sum(stored, name, grad)
                 del grads
         for name in [*self.x.rank.joined, *(f"param:{path}" for path in self.state.params)]:
             direct = self.totals.pop(name, None)
@@ -305,22 +306,30 @@ class Step:
             call = self.x.calls[i]
             if (mb, i) not in self.saved:
                 continue
-            whole = weights and call.module.backward is not None
-            results, kept = yield from self.inputs_backward(call, self.saved.pop((mb, i)), grads, whole)
-            for name, grad in results:
-                self.add(name, grad, grads)
-            if whole:
-                for k, grad in zip(call.module.grad_params, kept, strict=True):
-                    self.total(call.inputs[k], grad)
-            elif weights:
-                yield from self.weights(call, kept)
+            saved = self.saved.pop((mb, i))
+            of_params: Named = []
+            if weights:
+                of_inputs, of_params = yield from self.whole_backward(call, saved, grads)
             else:
-                self.saved[mb, i] = kept
-            del results, kept
+                of_inputs, self.saved[mb, i] = yield from self.inputs_backward(call, saved, grads)
+            del saved
+            for name, grad in of_inputs:
+                self.add(name, grad, grads)
+            for name, grad in of_params:
+                self.total(name, grad)
+            del of_inputs, of_params
+
+    def whole_backward(self, call: Call, saved: Results, grads: dict[str, Tensor]) -> Generator[Request, Any, tuple[Named, Named]]:
+        """(name, gradient) of the inputs that have one, and of the parameters."""
+        whole = call.module.backward is not None
+        results, rest = yield from self.inputs_backward(call, saved, grads, whole)
+        if not whole:
+            rest = (yield from self.x.run(call.module.backward_weight, rest)) if call.module.backward_weight is not None else ()
+        return results, [(call.inputs[k], grad) for k, grad in zip(call.module.grad_params, rest, strict=True)]
 
     def inputs_backward(
         self, call: Call, saved: Results, grads: dict[str, Tensor], whole: bool = False
-    ) -> Generator[Request, Any, tuple[list[tuple[str, Tensor]], Results]]:
+    ) -> Generator[Request, Any, tuple[Named, Results]]:
         """(name, gradient) of the inputs that have one, and what `weights` needs; or, of the whole backward, the parameters' gradients."""
         module = call.module
         graph = module.backward if whole else module.backward_input
