@@ -26,6 +26,7 @@ from .lower import compile as lower
 from .lower.program import Program
 from .mesh import AXES, Mesh
 from .plan.cluster import Cluster, catalogue
+from .plan.merge import weights
 from .plan.plan import Plan, fingerprint
 from .plan.search import search
 from .runtime.comm import Comm
@@ -156,11 +157,12 @@ def _same_graph(mine: str, first: str) -> None:
 
 
 def _same_storage(program: Program) -> dict[str, Any]:
-    """Pins that keep every parameter where a program has it."""
+    """Pins that keep every parameter where a program has it, and merge what lies in one buffer there."""
     plan, paths = program.plan, {v.name: v.path for v in program.graph.sources("param")}
     storage = {paths[name]: str(layout[1]) for name, layout in plan.storage.items() if name in paths}
     zero = any(layout[0].kind == "S" for layout in plan.storage.values())
-    return {"storage": storage, "zero": zero, **({"cuts": plan.cuts} if plan.stages > 1 else {})}
+    merged = [list(group) for group in weights(plan.merge, program.graph)]
+    return {"storage": storage, "zero": zero, "merge": merged, **({"cuts": plan.cuts} if plan.stages > 1 else {})}
 
 
 @contextlib.contextmanager

@@ -10,15 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import PlanFileError
 from ..layout import I, Layout, R
-from ..plan import schedules
+from ..plan import buckets, merge, schedules
 from ..plan.microbatch import TimeSplit, split_time
 from ..plan.plan import Plan
 from ..plan.stages import crossings, needed_data, stage_of
 from ..trace.blocks import Block, find_blocks
 from ..trace.capture import Captured
+from .coalesce import coalesced
 from .differentiate import differentiate
-from .partition import Partitioner, Port, Routine, value_name
+from .fuse import joined
+from .partition import Gathered, Partitioner, Port, Routine, value_name
 from .program import Call, InputSlice, Module, Program, RankProgram, Slot
 
 INNER = ("dp", "tp")
@@ -56,14 +59,25 @@ class _Builder:
         self.home = stage_of(self.plan.cuts, self.blocks)
         self.crossing = crossings(self.split, self.blocks, self.plan.cuts)
         grads = [edge for edge, names in self.crossing.items() if any(self.graph.values[n].grad for n in names)]
-        schedules.check(self.plan.instructions, list(self.crossing), grads)  # a plan may have been edited since it was made
+        # a plan may have been edited since it was made
+        schedules.check(self.plan.instructions, list(self.crossing), grads)
         mesh = self.plan.mesh
         self.sizes = (mesh.size("dp"), mesh.size("tp"))
+        merge.check(self.plan.merge, self.graph, self.blocks, self.plan.ops, self.plan.storage, self.sizes)
+        if not buckets.legal(self.plan.buckets, self.plan.cuts, len(self.blocks)):
+            raise PlanFileError(
+                f"buckets {list(self.plan.buckets)} of {len(self.blocks)} blocks that are cut at {list(self.plan.cuts)}",
+                hint="buckets begin at rising blocks, and at every cut",
+            )
         self.held: dict[str, Layout] = dict(self.plan.inputs)
         for op in self.graph.ops:
             for i, out in enumerate(op.outs):
                 self.held[out] = tuple(s.outs[i] for s in self.plan.ops[op.name])
         self.param_of = {v.name: v for v in self.graph.sources("param")}
+        groups = [tuple(self.ops[name].inputs[1] for name in group) for group in self.plan.merge]
+        self.merged = {name: group for group in groups for name in group}
+        """Weight → all those that it is merged with, itself among them."""
+        self.moved = buckets.moved(self.graph, self.blocks, self.plan.cuts, self.plan.ops, self.plan.storage)
         self.root_layout: dict[str, Layout] = {}
         for name in self.graph.roots:
             self.root_layout[name] = (I, I) if self.graph.values[name].grad else (R, R)
@@ -72,13 +86,16 @@ class _Builder:
         coords = self.plan.mesh.coords(rank)
         stage = coords["pp"]
         place, count = (coords["dp"], coords["tp"]), self.plan.microbatches
-        part = Partitioner(self.graph, self.plan.ops, self.held, self.sizes, place, count, self.dropout, self.captured.opaque)
+        part = Partitioner(
+            self.graph, self.plan.ops, self.held, self.sizes, place, count, self.dropout, self.captured.opaque, self.plan.merge
+        )
         return _Rank(self, part, rank, coords, stage).build()
 
-    def module(self, routine: Routine) -> Module:
-        text = routine.text
+    def module(self, routine: Routine, bucket: int = 0) -> Module:
+        """`bucket`: collectives of one kind become one, up to so many bytes."""
+        text = f"{routine.text}\n{bucket}"
         if text not in self.modules:
-            self.modules[text] = differentiate(routine, key=f"m{len(self.modules)}")
+            self.modules[text] = coalesced(differentiate(routine, key=f"m{len(self.modules)}"), bucket)
         return self.modules[text]
 
     def stage_blocks(self, stage: int) -> list[Block]:
@@ -124,8 +141,8 @@ class _Rank:
         data = self._data(b.split.data, wanted_names, "data")
         once_for = wanted_names + ([p.name.split("|")[0] for p in data.inputs if not p.name.startswith("@")] if data else [])
         once = self._data(b.split.once, once_for, "prologue")
-        gather = self.part.gather([(n, b.plan.storage[n], use) for n, found in uses.items() for use in found]) if uses else None
-        everything = [r for r in (gather, once, data, *routines) if r]
+        gathers = [self.part.gather(bucket) for bucket in self._buckets()]
+        everything = [r for r in (*gathers, once, data, *routines) if r]
         loss = value_name(graph.loss, b.root_layout[graph.loss]) if graph.loss and b.home[b.producer[graph.loss].name] == self.stage else ""
         calls = [self._call(r) for r in routines]
         rank_inputs = {n: spec for r in everything for n, spec in r.rank_inputs.items()}
@@ -141,7 +158,7 @@ class _Rank:
             params=self._params(uses),
             buffers={v.path: self._slot(v.name, (R, R)) for v in graph.sources("buffer")},
             instructions=b.plan.instructions[self.stage],
-            gather=self._call(gather) if gather else None,
+            gathers=tuple(self._call(r, b.plan.bucket_bytes) for r in gathers),
             once=self._call(once) if once else None,
             data=self._call(data) if data else None,
             blocks=calls,
@@ -155,6 +172,7 @@ class _Rank:
             updates={path: self._env(value_name(name, b.root_layout[name])) for path, name in updates.items()},
             kept={label: value_name(name, b.root_layout[name]) for label, name in kept.items()},
             tied=self._tied(uses),
+            joined=self._joined(ports),
         )
 
     def _updates_here(self, name: str) -> bool:
@@ -196,9 +214,41 @@ class _Rank:
                     outs.append((name, b.root_layout[name]))
         return self.part.block([b.ops[n] for n in names], {}, outs, label)
 
-    def _call(self, routine: Routine) -> Call:
+    def _buckets(self) -> list[list[Gathered]]:
+        """What is used otherwise than it is stored, by the plan's buckets."""
+        b = self.build_
+        first, end = b.plan.cuts[self.stage], [*b.plan.cuts, len(b.blocks)][self.stage + 1]
+        found: list[list[Gathered]] = []
+        for i in range(first, end):
+            if i in b.plan.buckets:
+                found.append([])
+            for name, use in b.moved[i]:
+                names = b.merged.get(name, (name,))
+                if name == names[0]:
+                    found[-1].append(self._gathered(names, use))
+        return [bucket for bucket in found if bucket]
+
+    def _gathered(self, names: Sequence[str], use: Layout) -> Gathered:
+        b = self.build_
+        stored = tuple(b.plan.storage[n] for n in names)
+        if len(names) == 1:
+            return Gathered(tuple(names), stored, (use,))
+        used = tuple(next(iter(b.uses(self.stage)[n])) for n in names)
+        whole = merge.how(b.graph.values[names[0]].tensor.shape, stored[0], used[0], b.sizes) == "whole"
+        return Gathered(tuple(names), stored, used, whole)
+
+    def _joined(self, ports: Mapping[str, Port]) -> dict[str, tuple[str, ...]]:
+        """Merged weights that are used, or move on, as they are stored: the environment's name → the parameters' paths."""
+        b, found = self.build_, {}
+        for names in dict.fromkeys(b.merged.values()):
+            env = value_name(joined(names), b.plan.storage[names[0]])
+            if env in ports:
+                found[env] = tuple(b.param_of[n].path for n in names)
+        return found
+
+    def _call(self, routine: Routine, bucket: int = 0) -> Call:
         ports = [self._env(p.name) for p in routine.inputs]
-        return Call(self.build_.module(routine), tuple(ports), tuple(self._env(p.name) for p in routine.outputs), routine.label)
+        return Call(self.build_.module(routine, bucket), tuple(ports), tuple(self._env(p.name) for p in routine.outputs), routine.label)
 
     def _role(self, env: str) -> str:
         name = env.split("|")[0]

@@ -20,7 +20,8 @@ def source(program: Program, rank: int) -> str:
     assert own is not None, f"rank {rank} wasn't built"
     lines = [f"# rank {rank} of {program.mesh}: stage {own.stage}, {program.microbatches} microbatches, schedule {program.plan.schedule}"]
     lines += [f"# stores {path}: {slot.tensor} as {', '.join(map(str, slot.layout))} on (dp, tp)" for path, slot in own.params.items()]
-    calls = [call for call in (own.gather, own.once, own.data, *own.blocks) if call]
+    lines += [f"# {name}: {', '.join(paths)} in one buffer" for name, paths in own.joined.items()]
+    calls = [call for call in (*own.gathers, own.once, own.data, *own.blocks) if call]
     for module in {call.module.key: call.module for call in calls}.values():
         lines += ["", *_module(module)]
     return "\n".join([*lines, "", *_step(own)]) + "\n"
@@ -64,7 +65,7 @@ def _step(own: RankProgram) -> Iterator[str]:
     def line(call: Call) -> str:
         return f"    {', '.join(call.outputs)} = {call.module.key}({', '.join(call.inputs)})  # {call.label}"
 
-    for name, calls in (("P", [own.gather]), ("D", [own.once]), ("F", [own.data, *own.blocks])):
+    for name, calls in (("P", own.gathers), ("D", [own.once]), ("F", [own.data, *own.blocks])):
         yield f"# {name}:"
         yield from (line(call) for call in calls if call)
     for (src, dst), values in own.edges.items():

@@ -24,6 +24,7 @@ from ..trace.interpret import call
 from ..trace.ops.local import localize
 from . import bodies
 from .collectives import Local, Spot, indices, local_cut, move
+from .fuse import Merged, fuse, joined, linears
 from .program import RankInput
 
 Fn = Callable[..., Any]
@@ -85,6 +86,21 @@ def value_name(name: str, layout: Layout) -> str:
     return f"{name}|{','.join(map(str, layout))}"
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """A parameter that is used otherwise than it is stored; or several that are used as one, which go there together (`whole`) or each by
+    itself."""
+
+    names: tuple[str, ...]
+    stored: tuple[Layout, ...]
+    used: tuple[Layout, ...]
+    whole: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0] if len(self.names) == 1 else joined(self.names)
+
+
 @dataclass
 class Partitioner:
     """Builds routines for one rank's coordinates. `sizes`: of dp and tp; `dropout`: "philox" or "exact"."""
@@ -97,6 +113,7 @@ class Partitioner:
     microbatches: int
     dropout: str = "philox"
     opaque: Mapping[str, Fn] = field(default_factory=dict)
+    merge: Sequence[tuple[str, ...]] = ()
 
     def local(self, name: str, layout: Layout) -> Tensor:
         v = self.graph.values[name]
@@ -106,22 +123,27 @@ class Partitioner:
         """The routine of some ops. `params`: parameter value → "" (its uses come in as inputs named by use layout). `wanted`:
         values that must come out, in these layouts."""
         build = _Builder(self, Routine(label=label), params)
-        for op in ops:
-            build.op(op)
+        for op in fuse(ops, self.merge):
+            if isinstance(op, Merged):
+                build.merged(op)
+            else:
+                build.op(op)
         for name, layout in wanted:
             build.output(name, layout)
         return build.routine
 
-    def gather(self, uses: Sequence[tuple[str, Layout, Layout]]) -> Routine:
-        """Parameters as stored → as used: (value, storage, use) each."""
+    def rows(self, names: Sequence[str], layouts: Sequence[Layout]) -> Tensor:
+        """A parameter's shard; several weights', one below the other."""
+        if len(names) == 1:
+            return self.local(names[0], layouts[0])
+        parts = [self.local(name, layout) for name, layout in zip(names, layouts, strict=True)]
+        return Tensor((sum(p.shape[0] for p in parts), *parts[0].shape[1:]), parts[0].dtype)
+
+    def gather(self, uses: Sequence[Gathered]) -> Routine:
+        """Parameters as stored → as used."""
         build = _Builder(self, Routine(label="parameters"), {})
-        for name, storage, use in uses:
-            stored = value_name(name, storage)
-            if stored not in build.known:
-                build.known.add(stored)
-                build.routine.inputs.append(Port(stored, self.local(name, storage), self.graph.values[name].grad, param=True))
-            build.moved(name, storage, use)
-            build.routine.outputs.append(Port(value_name(name, use), self.local(name, use), self.graph.values[name].grad))
+        for each in uses:
+            build.gathered(each)
         return build.routine
 
 
@@ -156,14 +178,50 @@ class _Builder:
         self.known.update(outs)
         self.routine.steps.append(Step(fn, (*ins, *extra), tuple(outs), text, op.source))
 
+    def merged(self, group: Merged) -> None:
+        """Several linears as one."""
+        part, graph = self.part, self.part.graph
+        pairs = [part.placed[op.name] for op in group.ops]
+        x = self.operand(group.input, tuple(s.ins[0] for s in pairs[0]))
+        uses = [tuple(s.ins[1] for s in pair) for pair in pairs]
+        weight = value_name(joined(group.weights), uses[0])
+        tensor, grad = part.rows(group.weights, uses), graph.values[group.weights[0]].grad
+        self.routine.inputs.append(Port(weight, tensor, grad, param=True))
+        rows = [part.local(name, use).shape[0] for name, use in zip(group.weights, uses, strict=True)]
+        outs = []
+        for op, pair in zip(group.ops, pairs, strict=True):
+            layout = self.layouts[op.outs[0]] = tuple(s.outs[0] for s in pair)
+            outs.append(value_name(op.outs[0], layout))
+        self.known.update(outs)
+        step = Step(lambda x, w: linears(x, w, rows), (x, weight), tuple(outs), f"merged linear {rows}", group.ops[0].source)
+        self.routine.steps.append(step)
+
+    def gathered(self, each: Gathered) -> None:
+        """Parameters on their way into the loop."""
+        grad = self.part.graph.values[each.names[0]].grad
+        if each.whole or len(each.names) == 1:
+            self.parameter(value_name(each.name, each.stored[0]), self.part.rows(each.names, each.stored), grad)
+            out = self.moved(each.names[0], each.stored[0], each.used[0], each.name)
+        else:
+            ways = list(zip(each.names, each.stored, each.used, strict=True))
+            for name, stored, _ in ways:
+                self.parameter(value_name(name, stored), self.part.local(name, stored), grad)
+            parts = tuple(self.moved(*way) for way in ways)
+            out = value_name(each.name, each.used[0])
+            self.routine.steps.append(Step(lambda *parts: torch.cat(parts), parts, (out,), f"merge {len(parts)}"))
+        self.routine.outputs.append(Port(out, self.part.rows(each.names, each.used), grad))
+
+    def parameter(self, env: str, tensor: Tensor, grad: bool) -> None:
+        if env not in self.known:
+            self.known.add(env)
+            self.routine.inputs.append(Port(env, tensor, grad, param=True))
+
     def operand(self, name: str, want: Layout) -> str:
         """The value in the layout wanted, moved there if it isn't."""
         v = self.part.graph.values[name]
         if name in self.params:
             env = value_name(name, want)
-            if env not in self.known:
-                self.known.add(env)
-                self.routine.inputs.append(Port(env, self.part.local(name, want), v.grad, param=True))
+            self.parameter(env, self.part.local(name, want), v.grad)
             return env
         if name not in self.layouts:
             layout = self.part.held[name]
@@ -177,9 +235,11 @@ class _Builder:
         env = self.operand(name, layout)
         self.routine.outputs.append(Port(env, self.part.local(name, layout), self.part.graph.values[name].grad))
 
-    def moved(self, name: str, have: Layout, want: Layout) -> str:
-        """Take a value from one layout to another, axis by axis; what was done once is reused."""
-        env = value_name(name, have)
+    def moved(self, name: str, have: Layout, want: Layout, label: str = "") -> str:
+        """Take a value from one layout to another, axis by axis; what was done once is reused. `label`: what goes by another name, as the
+        value does."""
+        label = label or name
+        env = value_name(label, have)
         if have == want:
             return env
         v = self.part.graph.values[name]
@@ -188,11 +248,11 @@ class _Builder:
         layout = list(have)
         for axis, a, b in steps:
             layout[axis] = b
-            target = value_name(name, tuple(layout))
+            target = value_name(label, tuple(layout))
             if target not in self.known:
                 self._move(env, target, v.tensor, tuple(layout), axis, a, b, v.grad)
             env = target
-        final = value_name(name, want)
+        final = value_name(label, want)
         if env != final and final not in self.known:  # axes of size 1 change their type without a step
             self.known.add(final)
             self.routine.steps.append(Step(lambda x: x, (env,), (final,), "same"))

@@ -176,8 +176,8 @@ class RankProgram:
 
     `params`, `buffers`: what it stores, by the model's names. Environment names: a stored parameter is `param:PATH`, a buffer
     `buffer:PATH`; graph inputs, constants and rank inputs are in `inputs`, `constants`, `rank_inputs`.
-    `gather` (P): stored parameters → parameters as used in the loop; its backward (G) takes the gradients accumulated over
-    microbatches to the gradients of the stored shards. `once` (D): the data prologue, over the whole batch.
+    `gathers` (P), one a bucket: stored parameters → parameters as used in the loop; their backwards (G) take the gradients accumulated
+    over microbatches to the gradients of the stored shards. `once` (D): the data prologue, over the whole batch.
     `data`: data-only values of a microbatch, run before the first block of F. `blocks`: the stage's blocks in order.
     `sends`/`receives`: (src, dst) → the values that travel forward on that edge; of these `grad_values` send gradients back.
     """
@@ -188,7 +188,7 @@ class RankProgram:
     params: dict[str, Slot]
     buffers: dict[str, Slot]
     instructions: list[Action]
-    gather: Call | None
+    gathers: tuple[Call, ...]
     once: Call | None
     data: Call | None
     blocks: list[Call]
@@ -205,6 +205,8 @@ class RankProgram:
     """What a step hands out besides the loss and this rank makes: its name → the environment's."""
     tied: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Parameter path → ranks (of other stages too) that store the same shard; their gradients are summed after G."""
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Environment name → the parameters that lie one below the other in one buffer, and are used as one tensor."""
 
 
 @dataclass(frozen=True)

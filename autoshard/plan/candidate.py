@@ -19,7 +19,7 @@ from ..layout import I, Layout, R
 from ..mesh import Mesh
 from ..trace.blocks import Block, find_blocks
 from ..trace.graph import Graph
-from . import schedules
+from . import merge, schedules
 from .cluster import Cluster
 from .estimate import BlockCosts, block_costs
 from .fold import Folded, fold
@@ -178,7 +178,7 @@ class Candidates:
             only = Placements(
                 {**space.fixed, **{n: d[0] for n, d in space.domains.items()}}, {n: d[0] for n, d in space.storage.items()}, {}
             )
-            costs = block_costs(space, blocks, only, Prices(self.cluster, Mesh.of({}), count))
+            costs = self._costs(space, blocks, only, Prices(self.cluster, Mesh.of({}), count))
             self.alone[count] = costs, self.folded.like(len(blocks))
         return self.alone[count]
 
@@ -268,8 +268,14 @@ class Candidates:
         if isinstance(prices, RandomPrices):
             costs = BlockCosts.random(prices.random.random(len(blocks)))
             return Inner(space.split, blocks, placed, space, prices, chain, None, costs)
-        short = block_costs(space, blocks, placed, prices)
+        short = self._costs(space, blocks, placed, prices)
         return Inner(space.split, blocks, placed, space, prices, chain, short, short.spread(chain.like))
+
+    def _costs(self, space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices) -> BlockCosts:
+        """What blocks cost, their linears merged."""
+        costs = block_costs(space, blocks, placed, prices)
+        costs.compute -= merge.spared(space.split.graph, blocks, placed, space.sizes, prices, self.pins.get("merge"))
+        return costs
 
     # ---- stages and the clock -------------------------------------------------------------------------------------------
 

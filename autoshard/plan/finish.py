@@ -13,7 +13,7 @@ import numpy as np
 from ..trace.blocks import find_blocks, is_heavy
 from ..trace.graph import Op
 from ..trace.ops.table import TABLE
-from . import schedules
+from . import buckets, merge, schedules
 from .estimate import kinds
 from .footprint import shard_storage
 from .microbatch import TimeSplit, split_time
@@ -48,10 +48,14 @@ def finish(candidates: Candidates, found: Candidate) -> Plan:
     if inner.short is not None:
         times = np.bincount(np.asarray(inner.chain.like), minlength=len(inner.blocks))
         found.predicted["kinds"] = kinds(inner.space, inner.blocks, inner.placed, inner.short, times.tolist())
-    notes = [*split.graph.notes, *_unruled(split, placed, inner.prices, inner.space.sizes), *_repeated(inner), *found.notes]
+    sizes, pins = inner.space.sizes, candidates.pins
+    groups, apart = merge.decide(split.graph, blocks, placed, sizes, inner.prices, pins.get("merge"))
+    size = int(pins.get("buckets", buckets.BUCKET))
+    starts = buckets.starts(split.graph, blocks, found.cuts, placed.ops, placed.storage, sizes, size)
+    notes = [*split.graph.notes, *_unruled(split, placed, inner.prices, sizes), *_repeated(inner), *found.notes, *apart]
     return Plan(
         fingerprint(candidates.graph), mesh, found.count, found.schedule, found.cuts, placed.ops, placed.storage, placed.inputs, lists,
-        found.predicted, notes,
+        groups, size, starts, found.predicted, notes,
     )  # fmt: skip
 
 

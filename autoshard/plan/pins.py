@@ -18,7 +18,7 @@ from .microbatch import TimeSplit
 from .schedules import KINDS
 from .space import Pair, Space
 
-PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide")
+PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets")
 SHOWN = 12
 """Legal choices that an error lists."""
 
@@ -37,11 +37,20 @@ def check(pins: Mapping[str, Any], graph: Graph, blocks: int, meshes: Sequence[M
         faults.append(f"schedule: {schedule!r} is none; expected {' or '.join(training)}")
     if "cuts" in pins:
         faults += _cuts(pins["cuts"], blocks, meshes)
+    faults += _merge(pins.get("merge"), graph)
     named = {(table, str(name)): text for table in ("storage", "ops") for name, text in dict(pins.get(table) or {}).items()}
     faults += _named(named, graph, trials) if named else []
     if faults:
         count = "a pin can't be held" if len(faults) == 1 else f"{len(faults)} pins can't be held"
         raise PinError(f"{count}:\n  " + "\n  ".join(faults), hint="names and strategies are as in a saved plan (--save, plan.to_yaml())")
+
+
+def _merge(wanted: Any, graph: Graph) -> list[str]:
+    if wanted is None or isinstance(wanted, bool):
+        return []
+    paths = [v.path for v in graph.sources("param")]
+    odd = [path for group in wanted for path in group if path not in paths]
+    return [f"merge: the model doesn't have parameter {path!r}{_near(path, paths)}" for path in odd]
 
 
 def _cuts(cuts: Any, blocks: int, meshes: Sequence[Mesh]) -> list[str]:

@@ -37,7 +37,9 @@ def fingerprint(graph: Graph) -> str:
 @dataclass
 class Plan:
     """`cuts`: the first block of each stage. `ops`: op → one strategy per inner axis (dp, tp). `storage`: parameter value → where it
-    is stored between steps. `inputs`: source value → layout. `instructions`: one list per stage. `predicted`: seconds and bytes.
+    is stored between steps. `inputs`: source value → layout. `instructions`: one list per stage. `merge`: linears that run as one matmul
+    (`plan.merge`). `bucket_bytes`: what travels together is at most this large, as used; `buckets`: the first block of each bucket of
+    parameters (`plan.buckets`). `predicted`: seconds and bytes.
     `notes`: what was decided for a reason that a user may want to know. `runners_up`: what else was looked at, and its step time."""
 
     graph: str
@@ -49,6 +51,9 @@ class Plan:
     storage: dict[str, Layout]
     inputs: dict[str, Layout]
     instructions: schedules.Lists
+    merge: list[tuple[str, ...]]
+    bucket_bytes: int
+    buckets: tuple[int, ...]
     predicted: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     runners_up: list[dict[str, Any]] = field(default_factory=list)
@@ -80,6 +85,9 @@ class Plan:
             "inputs": {k: _layout_text(v) for k, v in self.inputs.items()},
             "storage": {k: _layout_text(v) for k, v in self.storage.items()},
             "ops": {k: " ; ".join(map(str, v)) for k, v in self.ops.items()},
+            "merge": [" ".join(group) for group in self.merge],
+            "bucket_bytes": self.bucket_bytes,
+            "buckets": list(self.buckets),
             "instructions": schedules.to_text(self.instructions).splitlines(),
         }
         return yaml.safe_dump(data, sort_keys=False, width=1000, allow_unicode=True)
@@ -173,10 +181,16 @@ def _positive(n: object) -> int:
     return n
 
 
+def _size(n: object) -> int:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise PlanFileError(f"expected a number of bytes, found {n!r}")
+    return n
+
+
 def _starts(cuts: list[int]) -> tuple[int, ...]:
     whole = isinstance(cuts, list) and all(type(c) is int for c in cuts)
     if not whole or cuts[:1] != [0] or any(a >= b for a, b in itertools.pairwise(cuts)):
-        raise PlanFileError(f"cuts must be the first block of each stage, from 0 and rising, found {cuts}")
+        raise PlanFileError(f"cuts and buckets are blocks at which something starts, from 0 and rising, found {str(cuts)[:200]}")
     return tuple(cuts)
 
 
@@ -193,6 +207,9 @@ _READERS: dict[str, Any] = {
     "microbatches": _positive,
     "schedule": _text,
     "cuts": _starts,
+    "merge": lambda value: [tuple(line.split()) for line in _list_of(str)(value)],
+    "bucket_bytes": _size,
+    "buckets": _starts,
     "ops": _Each(_strategies),
     "storage": _Each(_layout),
     "inputs": _Each(_layout),

@@ -18,7 +18,8 @@ from ..trace.graph import ITEMSIZE, Graph, Op, Tensor, Value
 from ..trace.ops.rule import Rule, Strategy
 from .cluster import Cluster
 from .costs import collective
-from .costs.compute import memory_seconds, op_seconds
+from .costs.compute import matmul_seconds, memory_seconds, op_seconds
+from .merge import Placed
 from .moves import path
 from .space import AXES, Pair
 
@@ -100,9 +101,28 @@ class Prices:
             return seconds + (DIVIDE * seconds * share if self.divide and share > self._best_share(sizes) else 0.0)
         return held * FUSED / self.device.memory_bandwidth * (2.0 if grad else 1.0)
 
+    def merging(self, x: Placed, weights: Sequence[Placed], copied: float, gathered: bool, sizes: tuple[int, ...]) -> float:
+        """Seconds of a microbatch that linears of one input save as one matmul: tiles and waves that fill better, launches, and the sums of
+        the input's gradients that each would make. `copied`: the part of the result whose gradient is a copy; `gathered`: the merged weight
+        is one too, once a step."""
+        (tensor, layout, wanted), (weight, _, trained) = x, weights[0]
+        size, bandwidth = ITEMSIZE[tensor.dtype], self.device.memory_bandwidth
+        k = local_shape(tensor.shape, layout, sizes, (0,) * len(sizes))[-1]
+        m = _local_numel(tensor, layout, sizes) // max(k, 1)
+        rows = [_local_numel(w, use, sizes) // max(k, 1) for w, use, _ in weights]
+
+        def three(n: int) -> float:
+            seconds = matmul_seconds(self.device, m, n, k, dtype=weight.dtype)
+            seconds += matmul_seconds(self.device, m, k, n, dtype=weight.dtype) if wanted else 0.0
+            return float(seconds + (matmul_seconds(self.device, n, k, m, dtype=weight.dtype) if trained else 0.0))
+
+        saved = sum(map(three, rows)) - three(sum(rows)) + (2.0 * (len(rows) - 1) * m * k * size / bandwidth if wanted else 0.0)
+        copies = 2.0 * copied * m * sum(rows) * size if wanted or trained else 0.0
+        once = 2.0 * sum(rows) * k * ITEMSIZE[weight.dtype] * self.per_step if gathered else 0.0
+        return saved - (copies + once) / bandwidth
+
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
         """A transition and its gradient's, axis by axis."""
-
         key = (tensor, a, b, grad)
         if key in self.memo:
             return self.memo[key]
@@ -187,3 +207,7 @@ class RandomPrices:
 
     def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray:
         return self.random.random(len(choices))
+
+    def merging(self, x: Placed, weights: Sequence[Placed], copied: float, gathered: bool, sizes: tuple[int, ...]) -> float:
+        """Three groups of four are merged."""
+        return float(self.random.random() - 0.25)

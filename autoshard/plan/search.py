@@ -50,7 +50,9 @@ def search(
     `mesh` pins the degrees (otherwise every split of the cluster's ranks is tried), `microbatches` their count. `pins`:
     "schedule" (gpipe, 1f1b), "cuts" (first block of each stage), "zero" (bool: store what dp replicates in shards),
     "storage" (parameter path → type on tp, as text), "ops" (op → strategy on tp, as text), "divide" (bool: divide parameters and
-    matmuls over tp wherever that is possible, whatever it costs; the default where `mesh` is given). `memory`: bytes per rank.
+    matmuls over tp wherever that is possible, whatever it costs; the default where `mesh` is given), "merge" (linears of one input
+    as one matmul: all that may be, none, or lists of their weights' paths), "buckets" (bytes of parameters, as used, that travel
+    together; 0: each alone). `memory`: bytes per rank.
     `progress` is told what is being looked at. Raises PinError for pins that can't be, and NoPlanError with the reasons of the nearest
     candidates; `candidates` has all.
     """
@@ -62,7 +64,7 @@ def search(
     meshes = [wanted] if wanted else list(_meshes(cluster.ranks, graph))
     limit = memory or cluster.device.usable
     # a pin may name what folding leaves out
-    folding = not any(pins.get(p) for p in ("storage", "ops"))
+    folding = not any(pins.get(p) for p in ("storage", "ops")) and isinstance(pins.get("merge", True), bool)
     checked = not pins
     while True:
         candidates = Candidates(graph, cluster, pins, limit, pinned=wanted is not None, folding=folding)

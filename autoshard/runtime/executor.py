@@ -6,7 +6,7 @@ them through torch.distributed. How a module itself runs is the player's too (`R
 
 A step keeps an environment of tensors by name for the step, and one for each microbatch in flight; a value of a microbatch is
 dropped after its last use. Gradients of values live in a second environment per microbatch, and are summed over consumers;
-gradients of parameters as used are summed over consumers and microbatches, and go through `gather` backwards once, at G.
+gradients of parameters as used are summed over consumers and microbatches, and go through `gathers` backwards once, at G.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import StateError
 from ..layout import Type, dim_positions
 from ..lower.program import Call, Program, RankProgram
 from ..plan.schedules import Action
@@ -27,6 +28,7 @@ from .inputs import Reader, StepInputs, torch_dtype
 from .requests import Meet, Receive, Request, Send
 
 Results = tuple[Any, ...]
+Named = list[tuple[str, Tensor]]
 Run = Callable[[fx.GraphModule, Sequence[Tensor]], Generator[Request, Any, Results]]
 """How a player runs one graph of a module."""
 
@@ -35,11 +37,30 @@ FORWARD_ONLY = ("P", "D", "F", "SF", "RF", "L")
 
 @dataclass
 class State:
-    """What a rank keeps between steps: its shards, on its device."""
+    """What a rank keeps between steps: its shards, on its device. `joined`: paths → the buffer in which these parameters lie one below the
+    other, each a view of its part (so whoever writes a parameter writes the buffer)."""
 
     rank: int
     params: dict[str, nn.Parameter]
     buffers: dict[str, Tensor]
+    joined: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+
+    def join(self, paths: tuple[str, ...]) -> None:
+        """Let parameters lie in one buffer. They stay the objects that they are. Raises StateError where some lie in another already."""
+        if paths in self.joined:
+            return
+        taken = next((group for group in self.joined if set(group) & set(paths)), None)
+        if taken is not None:
+            raise StateError(
+                f"{', '.join(paths)} should lie in one buffer, but {', '.join(taken)} already do",
+                hint='plan it with the same linears merged (pins={"merge": …})',
+            )
+        parts = [self.params[path] for path in paths]
+        with torch.no_grad():
+            whole = torch.cat([p.detach() for p in parts])
+            for param, piece in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
+                param.data = piece
+        self.joined[paths] = whole
 
 
 class Executor:
@@ -50,7 +71,8 @@ class Executor:
         self.constants = {name: constants[name] for name in rank.constants}
         self.reader = Reader(program, rank, device)
         self.calls = [call for call in (rank.data, *rank.blocks) if call is not None]
-        self.used = frozenset(rank.gather.outputs if rank.gather else ()) | {f"param:{path}" for path in rank.params}
+        gathered = (name for call in rank.gathers for name in call.outputs)
+        self.used = frozenset(gathered) | {f"param:{path}" for path in rank.params} | set(rank.joined)
         self.sent = frozenset(n for (source, _), names in rank.edges.items() if source == rank.stage for n in names)
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self.drops = self.last_uses()
@@ -98,7 +120,7 @@ class Step:
     totals: dict[str, Tensor] = field(default_factory=dict)
     owned: set[str] = field(default_factory=set)
     saved: dict[tuple[int, int], Results] = field(default_factory=dict)
-    """(microbatch, call) → what its backward needs; the gather's is at (-1, -1)."""
+    """(microbatch, call) → what its backward needs; the gathers' are at (-1, i)."""
     loss: Tensor | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     """What the step hands out besides the loss: whole tensors at the end, parts by microbatch until then."""
@@ -108,6 +130,7 @@ class Step:
         actions = [a for a in rank.instructions if self.train or a.kind in FORWARD_ONLY]
         self.pending = Counter(a.mb for a in actions if a.kind == "SF")
         self.env |= {f"param:{path}": p.detach() for path, p in self.state.params.items()}
+        self.env |= {name: self.state.joined[paths] for name, paths in rank.joined.items()}
         self.env |= {f"buffer:{path}": b for path, b in self.state.buffers.items()}
         self.env |= self.x.constants
         self.env.update(self.x.reader.read(self.inputs, None))
@@ -121,8 +144,8 @@ class Step:
     # ---- before the loop --------------------------------------------------------------------------------------------
 
     def P(self, action: Action) -> Generator[Request, Any, None]:
-        if self.x.rank.gather:
-            yield from self.forward(self.x.rank.gather, self.env, (-1, -1))
+        for i, call in enumerate(self.x.rank.gathers):
+            yield from self.forward(call, self.env, (-1, i))
 
     def D(self, action: Action) -> Generator[Request, Any, None]:
         if self.x.rank.once:
@@ -186,26 +209,30 @@ class Step:
     # ---- after the loop ---------------------------------------------------------------------------------------------
 
     def G(self, action: Action) -> Generator[Request, Any, None]:
-        gather, stored = self.x.rank.gather, {}
-        if (-1, -1) in self.saved:
-            assert gather is not None
-            into: dict[str, Tensor] = {}
-            results, kept = yield from self.inputs_backward(gather, self.saved.pop((-1, -1)), self.totals)
-            for name, grad in results:
-                _sum(into, name, grad)
-            yield from self.weights(gather, kept, into)
-            stored = into
-        for path in self.state.params:
-            direct = self.totals.pop(f"param:{path}", None)
+        stored: dict[str, Tensor] = {}
+        for i, call in reversed(list(enumerate(self.x.rank.gathers))):  # gradients are complete in this order
+            if (-1, i) in self.saved:
+                _, grads = yield from self.whole_backward(call, self.saved.pop((-1, i)), self.totals)
+                for name, grad in grads:
+                    _sum(stored, name, grad)
+                del grads
+        for name in [*self.x.rank.joined, *(f"param:{path}" for path in self.state.params)]:
+            direct = self.totals.pop(name, None)
             if direct is not None:
-                _sum(stored, f"param:{path}", direct)
-        seen: set[int] = set()
+                _sum(stored, name, direct)
+        for name, paths in self.x.rank.joined.items():
+            whole = stored.pop(name, None)
+            if whole is not None:
+                parts = whole.split([self.state.params[path].shape[0] for path in paths])
+                stored |= {f"param:{path}": part for path, part in zip(paths, parts, strict=True)}
+        placed: list[tuple[nn.Parameter, Tensor]] = []
         for path, param in self.state.params.items():
             total = stored.pop(f"param:{path}", None)
             if path in self.x.rank.tied and param.requires_grad:
                 total = yield from self.tied(path, torch.zeros_like(param) if total is None else total)
             if total is not None and param.requires_grad:
-                _place(param, total, seen)
+                placed.append((param, total))
+        _place(placed)
 
     def tied(self, path: str, grad: Tensor) -> Generator[Request, Any, Tensor]:
         """The sum over the ranks that store the same shard."""
@@ -279,22 +306,30 @@ class Step:
             call = self.x.calls[i]
             if (mb, i) not in self.saved:
                 continue
-            whole = weights and call.module.backward is not None
-            results, kept = yield from self.inputs_backward(call, self.saved.pop((mb, i)), grads, whole)
-            for name, grad in results:
-                self.add(name, grad, grads)
-            if whole:
-                for k, grad in zip(call.module.grad_params, kept, strict=True):
-                    self.total(call.inputs[k], grad)
-            elif weights:
-                yield from self.weights(call, kept)
+            saved = self.saved.pop((mb, i))
+            of_params: Named = []
+            if weights:
+                of_inputs, of_params = yield from self.whole_backward(call, saved, grads)
             else:
-                self.saved[mb, i] = kept
-            del results, kept
+                of_inputs, self.saved[mb, i] = yield from self.inputs_backward(call, saved, grads)
+            del saved
+            for name, grad in of_inputs:
+                self.add(name, grad, grads)
+            for name, grad in of_params:
+                self.total(name, grad)
+            del of_inputs, of_params
+
+    def whole_backward(self, call: Call, saved: Results, grads: dict[str, Tensor]) -> Generator[Request, Any, tuple[Named, Named]]:
+        """(name, gradient) of the inputs that have one, and of the parameters."""
+        whole = call.module.backward is not None
+        results, rest = yield from self.inputs_backward(call, saved, grads, whole)
+        if not whole:
+            rest = (yield from self.x.run(call.module.backward_weight, rest)) if call.module.backward_weight is not None else ()
+        return results, [(call.inputs[k], grad) for k, grad in zip(call.module.grad_params, rest, strict=True)]
 
     def inputs_backward(
         self, call: Call, saved: Results, grads: dict[str, Tensor], whole: bool = False
-    ) -> Generator[Request, Any, tuple[list[tuple[str, Tensor]], Results]]:
+    ) -> Generator[Request, Any, tuple[Named, Results]]:
         """(name, gradient) of the inputs that have one, and what `weights` needs; or, of the whole backward, the parameters' gradients."""
         module = call.module
         graph = module.backward if whole else module.backward_input
@@ -304,16 +339,13 @@ class Step:
         n = len(module.grad_inputs)
         return [(call.inputs[k], g) for k, g in zip(module.grad_inputs, results[:n], strict=True)], results[n:]
 
-    def weights(self, call: Call, kept: Results, into: dict[str, Tensor] | None = None) -> Generator[Request, Any, None]:
+    def weights(self, call: Call, kept: Results) -> Generator[Request, Any, None]:
         module = call.module
         if module.backward_weight is None:
             return
         results = yield from self.x.run(module.backward_weight, kept)
         for k, grad in zip(module.grad_params, results, strict=True):
-            if into is None:
-                self.total(call.inputs[k], grad)
-            else:
-                _sum(into, call.inputs[k], grad)
+            self.total(call.inputs[k], grad)
 
     # ---- gradients --------------------------------------------------------------------------------------------------
 
@@ -360,14 +392,28 @@ def _wide(grad: Tensor) -> Tensor:
     return grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
 
 
-def _place(param: nn.Parameter, grad: Tensor, seen: set[int]) -> None:
-    """Into `.grad`, as autograd does it: added to what is there, else as a dense tensor that nothing else shares."""
-    grad = grad.to(param.dtype)
-    assert grad.shape == param.shape, f"gradient of shape {tuple(grad.shape)} for a shard of {tuple(param.shape)}"
-    if param.grad is not None:
-        param.grad.add_(grad)
-        return
-    storage = grad.untyped_storage()
-    alone = grad.is_contiguous() and storage.nbytes() == grad.numel() * grad.element_size() and storage.data_ptr() not in seen
-    param.grad = grad if alone else grad.clone(memory_format=torch.contiguous_format)
-    seen.add(storage.data_ptr())
+def _place(placed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Into `.grad`, as autograd does it: added to what is there, else as a dense tensor that shares no element with anything else.
+    Gradients that fill a buffer together, without overlap, are left there."""
+    fresh: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+    for param, grad in placed:
+        grad = grad.to(param.dtype)
+        assert grad.shape == param.shape, f"gradient of shape {tuple(grad.shape)} for a shard of {tuple(param.shape)}"
+        if param.grad is not None:
+            param.grad.add_(grad)
+        else:
+            fresh.setdefault(grad.untyped_storage().data_ptr(), []).append((param, grad))
+    for sharing in fresh.values():
+        own = _tiled([grad for _, grad in sharing])
+        for param, grad in sharing:
+            param.grad = grad if own else grad.clone(memory_format=torch.contiguous_format)
+
+
+def _tiled(views: Sequence[Tensor]) -> bool:
+    """Whether contiguous views of one storage lie end to end in all of it."""
+    at = 0
+    for view in sorted(views, key=lambda v: v.storage_offset()):
+        if not view.is_contiguous() or view.storage_offset() * view.element_size() != at:
+            return False
+        at += view.numel() * view.element_size()
+    return at == views[0].untyped_storage().nbytes()

@@ -157,6 +157,9 @@ class Trainable(ABC):
                     f"rank {mine.rank} stores {odd[0]} in another layout than the new program does",
                     hint="plan it with the same mesh, cuts and storage (pins=)",
                 )
+        for state in self.states:
+            for paths in program.ranks[state.rank].joined.values():
+                state.join(paths)
         constants = {name: t.to(self.device) for name, t in program.constants.items()}
         executors = [Executor(program, program.ranks[s.rank], self.device, self._run, constants) for s in self.states]
         return Loaded(program, captured or program.captured, executors)

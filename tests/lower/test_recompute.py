@@ -1,4 +1,4 @@
-"""What a block saves: what matmuls read and make, once each, not the pointwise values between; and the merged backward is the two parts."""
+"""What a block saves: what matmuls read and make, once each, not the pointwise values between; what of merged ones; and the merged backward is the two parts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Gated(nn.Module):
         return (h + self.down(F.silu(self.gate(h)) * self.up(h))).square().mean()
 
 
-def module():
+def module(merge=False):
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     captured = capture(Gated(), (x,))
-    program = lower(captured, search(captured.graph, None, Mesh.of({"dp": 1}), None, {}))
-    (found,) = [call.module for call in program.ranks[0].blocks if len(call.module.grad_params) == 3]
+    program = lower(captured, search(captured.graph, None, Mesh.of({"dp": 1}), None, {"merge": merge}))
+    (found,) = [call.module for call in program.ranks[0].blocks if "param:down.weight" in call.inputs]
     return found
 
 
@@ -38,6 +38,13 @@ def test_pointwise_values_are_made_again():
     # gate and up, the product that `down`'s weight gradient reads, and the sum that is squared; not silu(gate)
     assert sorted(tuple(n.meta["val"].shape) for n in made) == [(6, 8)] + [(6, 24)] * 3
     assert sorted(str(n.target) for n in made) == ["aten.add.Tensor", "aten.mm.default", "aten.mm.default", "aten.mul.Tensor"]
+
+
+def test_of_merged_linears_the_one_result_is_saved():
+    found = module(merge=True)
+    saved = next(n for n in found.forward.graph.nodes if n.op == "output").args[0][found.outputs :]
+    made = {(str(n.target), tuple(n.meta["val"].shape)) for n in saved if n.op != "placeholder"}
+    assert made == {("aten.mm.default", (6, 48)), ("aten.mul.Tensor", (6, 24)), ("aten.add.Tensor", (6, 8))}
 
 
 def test_the_whole_backward_is_both_parts():

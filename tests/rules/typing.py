@@ -3,7 +3,7 @@
 `R`: the same on every rank. `V`: differs between ranks. `P`: a term of a pending sum, of which only linear functions may be taken.
 `Z`: zeros, which are all of these. Inputs' types come from their layouts; collectives are the only way from V or P to R, and
 summing what is the same everywhere, or handing on as whole what differs, is an error. It is coarser than layouts are: V may stand
-for a shard or a term. `check` types a module's graphs on each axis and raises `Untyped`.
+for a shard or a term. A buffer in which several tensors travel is `Flat`: each part of its last dim has its own. `check` types a module's graphs on each axis and raises `Untyped`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,28 @@ class Untyped(Exception):
     """A node that has no type, or another than was claimed."""
 
 
+class Flat(str):
+    """The types of a buffer's parts; for whom doesn't look into them, what they are together."""
+
+    parts: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, str]]) -> Flat:
+        types = {t for _, t in parts} - {"Z"}
+        found = cls(types.pop() if len(types) == 1 else "V" if types else "Z")
+        found.parts = tuple(parts)
+        return found
+
+    def cut(self, start: int, end: int) -> str:
+        """The type of [start, end) of the last dim."""
+        at, inside = 0, []
+        for n, t in self.parts:
+            if at < end and at + n > start:
+                inside.append((n, t))
+            at += n
+        return str(Flat.of(inside))
+
+
 def claimed(t: Type) -> str:
     return {"S": "V", "P": "P", "R": "R", "I": "R"}[t.kind]
 
@@ -60,11 +82,30 @@ def run(graph: fx.GraphModule, inputs: Sequence[str], axis: str) -> list[str]:
 
 
 def _node(node: fx.Node, env: Mapping[fx.Node, str], axis: str) -> str:
+    """The type of one call's result."""
     namespace, name = _name(node)
     types = [env[n] for n in node.all_input_nodes]
+    if types and isinstance(flat := types[0], Flat):
+        if name in ("reshape", "wait_tensor"):
+            return flat
+        if name == "slice" and node.args[1] == -1:
+            return flat.cut(*node.args[2:4])  # type: ignore[arg-type]
+        if namespace == "_c10d_functional":
+            return Flat.of([(n, _collective(node, name, t) if axis in node.args else t) for n, t in flat.parts])
+    if name == "cat" and node.args[1:] == (-1,) and all(map(_is_collective, _readers(node))):
+        return Flat.of([(source.meta["val"].shape[-1], env[source]) for source in node.args[0]])  # type: ignore[union-attr]
     if namespace == "_c10d_functional" and name != "wait_tensor":
         return _collective(node, name, types[0]) if axis in node.args else _join(node, name, types, env)
     return _join(node, name, types, env)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads a value, reshapes looked through."""
+    return [r for user in node.users for r in (_readers(user) if _name(user)[1] == "reshape" else [user])]
+
+
+def _is_collective(node: fx.Node) -> bool:
+    return _name(node)[0] == "_c10d_functional"
 
 
 def _name(node: fx.Node) -> tuple[str, str]:
@@ -141,7 +182,7 @@ def layout_of(env_name: str, rank: RankProgram) -> Layout | None:
 
 
 def calls(rank: RankProgram) -> list[Call]:
-    return [c for c in (rank.gather, rank.once, rank.data, *rank.blocks) if c]
+    return [c for c in (*rank.gathers, rank.once, rank.data, *rank.blocks) if c]
 
 
 def check(rank: RankProgram, call: Call) -> None:

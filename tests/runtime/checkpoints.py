@@ -24,9 +24,10 @@ class Block(nn.Module):
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(hidden, inner), nn.Linear(inner, hidden, bias=False)
+        self.gate = nn.Linear(hidden, inner - 1, bias=False)  # random plans merge it with `up`, or don't
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
+        return x + self.down(torch.tanh(self.up(x)) * F.pad(self.gate(x), (0, 1), value=1.0))
 
 
 class Small(nn.Module):
