@@ -151,7 +151,8 @@ class Slot:
 
     def take(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the whole tensor: a view where it is all of it or a range in each dim, else a copy, made at once."""
-        cut, scattered = whole, {}
+        cut = whole
+        scattered: dict[int, torch.Tensor] = {}
         for d, held in enumerate(self.positions()):
             if held is None:
                 continue
@@ -160,13 +161,13 @@ class Slot:
             else:
                 scattered[d] = torch.from_numpy(held).to(whole.device)
         if len(scattered) == 1:
-            ((d, held),) = scattered.items()
-            return cut.index_select(d, held)
+            ((dim, index),) = scattered.items()
+            return cut.index_select(dim, index)
         if scattered:
             # neighbouring dims are indexed together, so that they stay in their places
             first, last = min(scattered), max(scattered)
-            index = [scattered.get(d, torch.arange(cut.shape[d], device=cut.device)) for d in range(first, last + 1)]
-            return cut[(slice(None),) * first + torch.meshgrid(*index, indexing="ij")]
+            each = [scattered.get(d, torch.arange(cut.shape[d], device=cut.device)) for d in range(first, last + 1)]
+            return cut[(slice(None),) * first + torch.meshgrid(*each, indexing="ij")]
         return cut
 
 

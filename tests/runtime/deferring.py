@@ -57,7 +57,12 @@ class Interleaved(nn.Module):
             layer.bias.data.copy_(torch.normal(layer.bias.data, 0.5))  # a draw that reads a tensor
         self.sums = nn.Parameter(self.layers[0].weight.detach() + self.layers[2].weight.detach())
         self.likes = nn.ParameterList(
-            [torch.rand_like(self.sums), torch.zeros_like(self.sums) + 1, self.sums.new_full((3,), 2.5), torch.full_like(self.sums.data.t(), 3.0)]
+            [
+                torch.rand_like(self.sums),
+                torch.zeros_like(self.sums) + 1,
+                self.sums.new_full((3,), 2.5),
+                torch.full_like(self.sums.data.t(), 3.0),
+            ]
         )
         self.register_buffer("numbers", torch.randint_like(self.sums.detach(), 3, 9))
         self.register_buffer("few", torch.randint_like(self.sums.detach(), 5))

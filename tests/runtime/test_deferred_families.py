@@ -31,7 +31,9 @@ FAMILIES = (
 """Tied weights, padding rows, buffers computed in constructors, truncated normals, weights scaled by depth, experts, towers."""
 
 
-def compare(build: Callable[[], nn.Module], args: dict[str, Any], loss: Callable[[Any], Tensor] | None, meshes: list[dict[str, int]]) -> None:
+def compare(
+    build: Callable[[], nn.Module], args: dict[str, Any], loss: Callable[[Any], Tensor] | None, meshes: list[dict[str, int]]
+) -> None:
     """Captured once; on every mesh, every rank's shards against the ordinary model's."""
     torch.manual_seed(3)
     plain = build()
