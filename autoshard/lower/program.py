@@ -150,24 +150,22 @@ class Slot:
         return tuple(n if held is None else len(held) for n, held in zip(self.tensor.shape, self.positions(), strict=True))
 
     def take(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the whole tensor: a view where it is all of it or a range in each dim, else a copy, made at once."""
-        cut, scattered = whole, {}
+        """This rank's shard of the whole tensor: a view where it is a range in each dim, else a copy, made at once."""
+        cut = whole.detach()
+        scattered: dict[int, torch.Tensor] = {}
         for d, held in enumerate(self.positions()):
-            if held is None:
-                continue
-            if len(held) > 0 and int(held[-1]) - int(held[0]) == len(held) - 1:
+            if held is not None and len(held) > 0 and int(held[-1]) - int(held[0]) == len(held) - 1:
                 cut = cut.narrow(d, int(held[0]), len(held))
-            else:
+            elif held is not None:
                 scattered[d] = torch.from_numpy(held).to(whole.device)
-        if len(scattered) == 1:
-            ((d, held),) = scattered.items()
-            return cut.index_select(d, held)
-        if scattered:
-            # neighbouring dims are indexed together, so that they stay in their places
-            first, last = min(scattered), max(scattered)
-            index = [scattered.get(d, torch.arange(cut.shape[d], device=cut.device)) for d in range(first, last + 1)]
-            return cut[(slice(None),) * first + torch.meshgrid(*index, indexing="ij")]
-        return cut
+        if not scattered:
+            return cut
+        # neighbouring dims are indexed together, so that they stay in their places
+        first, last = min(scattered), max(scattered)
+        each = [scattered.get(d, torch.arange(cut.shape[d], device=cut.device)) for d in range(first, last + 1)]
+        shard = torch.empty(self.local, dtype=cut.dtype, device=cut.device)
+        torch.ops.aten.index.Tensor_out(cut, [None] * first + list(torch.meshgrid(*each, indexing="ij")), out=shard)
+        return shard
 
 
 @dataclass

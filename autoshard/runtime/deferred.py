@@ -45,9 +45,9 @@ def deferred(build: Callable[..., M], *args: Any, **kwargs: Any) -> M:
     if not isinstance(model, nn.Module):
         raise DeferredError(f"the constructor returned {type(model).__name__}; an nn.Module is expected")
     for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor) and value.is_meta:
-                _fill_plain(recorder, module, name, value)
+        for name, tensor in list(vars(module).items()):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                _fill_plain(recorder, module, name, tensor)
     _Deferral(recorder).adopt(model)
     return model
 

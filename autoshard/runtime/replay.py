@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,9 @@ def value(recording: Recording, ref: Ref) -> Tensor | None:
         return ref.on(Replay(recording, ()).run(wanted, ref.part)).clone()
 
 
-def replay(recording: Recording, goals: Sequence[int], to_the_end: bool = True) -> Iterator[tuple[int, torch.UntypedStorage]]:
+def replay(
+    recording: Recording, goals: Sequence[int], to_the_end: bool = True
+) -> Generator[tuple[int, torch.UntypedStorage], None, Tensor]:
     """Each goal (a storage) with its final content, once; drop it before the next is asked for. Returns torch's default generator's
     state after the last draw (the last that a goal needs, if not `to_the_end`); the generator itself stays as it is."""
     run = Replay(recording, goals)
@@ -172,7 +174,7 @@ def _execute(op: Op, memory: Memory, dying: set[Part], generator: torch.Generato
         donor = _donor(op, dying)
         if donor is not None:
             _writing(op.func)(*args, **kwargs, out=donor.on(memory[donor.part]))
-            memory[op.made[0].part] = memory[donor.part]
+            memory.update((ref.part, memory[donor.part]) for ref in op.made.values())
             return
         flat = pytree.tree_leaves(op.func(*args, **kwargs))
     for position, ref in op.made.items():
@@ -223,10 +225,12 @@ def _donor(op: Op, dying: set[Part]) -> Ref | None:
     """An argument whose memory an elementwise op's result can take."""
     if len(op.made) != 1 or op.fresh or not isinstance(op.func, torch._ops.OpOverload) or torch.Tag.pointwise not in op.func.tags:
         return None
-    made = op.made.get(0)
+    (made,) = op.made.values()
+    if not _dense(made) or _writing(op.func) is None:
+        return None
     refs = [leaf for leaf in pytree.tree_leaves(op.args) if isinstance(leaf, Ref)]
-    for ref in refs if made is not None and _dense(made) and _writing(op.func) is not None else ():
-        alike = ref.part in dying and ref.dtype == made.dtype and _same_place(ref, made)  # type: ignore[union-attr]
+    for ref in refs:
+        alike = ref.part in dying and ref.dtype == made.dtype and _same_place(ref, made)
         if alike and all(other == ref for other in refs if other.part == ref.part):
             return ref
     return None

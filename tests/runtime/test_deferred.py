@@ -1,89 +1,41 @@
 from __future__ import annotations
 
-import functools
-import gc
-import math
+import contextlib
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoshard.api import parallelize
-from autoshard.errors import DeferredError
+from autoshard.errors import CheckpointError, DeferredError
 from autoshard.lower import compile
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.search import search
+from autoshard.runtime import replay
 from autoshard.runtime.deferred import deferred, is_deferred, materialise
+from autoshard.runtime.huggingface import load_pretrained
 from autoshard.runtime.in_process import InProcess
 from autoshard.trace.capture import capture
-from tests import zoo
 from tests.zoo import hf
 
+from .checkpoints import without_graphs
+from .deferring import Everything, Interleaved, Orthogonal, Tall, check_same, same, whole
 from .ranks import ranks
 
-MESHES = [
-    {"dp": 2}, {"dp": 4}, {"tp": 2}, {"tp": 4}, {"pp": 2}, {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}, {"tp": 2, "pp": 2},
-    {"dp": 4, "tp": 2}, {"dp": 2, "tp": 2, "pp": 2},
-]  # fmt: skip
-FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen2", "gemma2", "phi3", "mixtral", "bert", "opt", "bloom")
-
-
-class Everything(nn.Module):
-    """Ways in which constructors fill tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.table = nn.Linear(20, 30), nn.Embedding(50, 20, padding_idx=0)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(20, 4, 40), 2, enable_nested_tensor=False)  # deep copies
-        self.head = nn.Linear(20, 50, bias=False)
-        self.head.weight = self.table.weight
-        self.register_buffer("frequencies", 1.0 / 10000 ** (torch.arange(0, 20, 2).float() / 20))
-        self.register_buffer("mask", torch.ones(6, 6).tril().bool(), persistent=False)
-        self.rates = torch.linspace(0, 0.1, 4)
-        assert [round(r.item(), 4) for r in self.rates] == [0.0, 0.0333, 0.0667, 0.1] and self.rates.tolist()[0] == 0
-        assert bool((self.mask.sum() == 21).all()) and self.mask.nonzero().shape == (21, 2) and self.rates.numpy().shape == (4,)
-        assert self.linear.weight.device == torch.device("cpu") and not self.linear.weight.is_meta
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.orthogonal_(self.encoder.layers[0].linear1.weight)
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            self.forked = nn.Parameter(torch.randn(3, 3))
-        self.own = nn.Parameter(torch.randn(33, generator=torch.Generator().manual_seed(5)))
-        self.cast = nn.Parameter(torch.randn(3, 3).to(torch.bfloat16))
-        self.rows = nn.Parameter(torch.empty(4, 5))
-        self.rows.data[1:3].normal_()
-        self.rows.data[0] = self.rows.data[1] * 2
-        self.rows.data[3].fill_(math.pi)
-        with torch.no_grad():
-            for p in self.encoder.parameters():
-                p.mul_(0.5)
-        self.own.data = torch.cat([self.own.data, self.forked.data.flatten()])
-
-
-def whole(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-
-def check_same(build) -> nn.Module:
-    torch.manual_seed(3)
-    plain, after = build(), torch.randn(3)
-    torch.manual_seed(3)
-    later = deferred(build)
-    assert all(t.is_meta for t in whole(later).values())
-    assert list(later.state_dict()) == list(plain.state_dict())
-    found = dict(materialise(later))
-    assert torch.equal(torch.randn(3), after)  # the generator is where construction leaves it
-    assert set(found) == set(whole(plain))
-    for name, tensor in whole(plain).items():
-        assert found[name].dtype == tensor.dtype and found[name].stride() == tensor.stride(), name
-        assert torch.equal(found[name], tensor), name
-    return later
+IDS = torch.arange(8).reshape(4, 2)
 
 
 def test_every_way_to_fill_a_tensor():
     model = check_same(Everything)
     assert model.head.weight is model.table.weight and not model.rates.is_meta
+
+
+@pytest.mark.parametrize("build", [Interleaved, Orthogonal])
+def test_any_order_of_draws(build):
+    model = check_same(build)
+    again = dict(materialise(model))  # as often as one likes
+    assert all(torch.equal(tensor, again[name]) for name, tensor in materialise(model))
 
 
 def test_who_draws_in_between_keeps_the_generator():
@@ -94,144 +46,163 @@ def test_who_draws_in_between_keeps_the_generator():
     drawn = torch.randn(2)
     torch.manual_seed(5)
     assert torch.equal(torch.randn(2), drawn)
+    for _ in materialise(model):  # whoever is given the tensors may draw too
+        torch.randn(2)
+    torch.manual_seed(0)
+    same(dict(materialise(model)), nn.Linear(3, 3))
 
 
-class Tall(nn.Module):
-    """Drawn twice, as models are that initialise after construction, then scaled."""
+# ---- casts, frozen parameters, weights from elsewhere ---------------------------------------------------------------
 
-    def __init__(self, layers: int = 12, width: int = 256) -> None:
+
+def in_bfloat16() -> nn.Module:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return Tall(2, 32)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"wrapped": model})
+
+
+CASTS = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "wider": lambda model: model.to(torch.bfloat16).double(),
+    "a part": lambda model: [model.layers.half(), model][1],
+    "wrapped": lambda model: wrapped(model).to("cpu", torch.bfloat16),
+    "a copy of no bytes": lambda model: model.float().cpu(),
+}
+
+
+@pytest.mark.parametrize("how", CASTS)
+def test_casts_after_construction(how):
+    torch.manual_seed(3)
+    expected = CASTS[how](Tall(2, 32))
+    torch.manual_seed(3)
+    later = CASTS[how](deferred(Tall, 2, 32))
+    assert is_deferred(later) and all(t.is_meta for t in whole(later).values())
+    assert [t.dtype for t in whole(later).values()] == [t.dtype for t in whole(expected).values()]
+    same(dict(materialise(later)), expected)
+    if how != "wrapped":
+        assert later.head.weight is later.table.weight
+
+
+@pytest.mark.parametrize("build", [in_bfloat16, lambda: Everything().to(torch.bfloat16), lambda: Interleaved().half()])
+def test_low_precision_inside_of_the_constructor(build):
+    check_same(build)
+
+
+def test_a_model_in_bfloat16_trains_as_the_ordinary_one():
+    torch.manual_seed(3)
+    ordinary = Tall(2, 16).to(torch.bfloat16)
+    torch.manual_seed(3)
+    later = deferred(Tall, 2, 16).to(torch.bfloat16)
+    captured = capture(later, args=(IDS,))
+    program = compile(captured, search(captured.graph, Cluster.local(2), {"tp": 2}, 1))
+    mine, theirs = InProcess(program, later), InProcess(program, ordinary)
+    assert torch.equal(mine.train_step(IDS), theirs.train_step(IDS))
+    for name, gradient in theirs.gradients().items():
+        assert gradient.dtype == torch.bfloat16 and torch.equal(mine.gradients()[name], gradient), name
+
+
+class Adapted(nn.Module):
+    def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
-        self.table = nn.Embedding(1024, width)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.head = nn.Linear(width, 1024, bias=False)
-        self.head.weight = self.table.weight
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.data.normal_(0, 0.02)
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.weight.div_(math.sqrt(layers))
+        self.inner = inner
+        self.down, self.up = nn.Linear(inner.in_features, 2, bias=False), nn.Linear(2, inner.out_features, bias=False)
 
-    def forward(self, ids):
-        x = self.table(ids)
-        for layer in self.layers:
-            x = torch.relu(layer(x))
-        return self.head(x).square().mean()
+    def forward(self, x):
+        return self.inner(x) + self.up(self.down(x))
 
 
-def test_no_more_than_the_largest_tensor_exists_at_once():
-    model = deferred(Tall)
-    largest = max(t.numel() * t.element_size() for t in whole(model).values())
-    total = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    peak = 0
-
-    class Live(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal peak
-            out = func(*args, **(kwargs or {}))
-            if func.overloadpacket.__name__ in ("normal_", "uniform_", "div_"):
-                held = {s.data_ptr(): s.nbytes() for s in gc.get_objects() if type(s) is torch.UntypedStorage and s.device.type == "cpu"}
-                peak = max(peak, sum(held.values()))
-            return out
-
-    gc.collect()
-    before = {s.data_ptr(): s.nbytes() for s in gc.get_objects() if type(s) is torch.UntypedStorage and s.device.type == "cpu"}
-    with Live():
-        for _, tensor in materialise(model):
-            del tensor
-    assert peak - sum(before.values()) <= largest * 1.1 < total / 2
+def adapted(model: Tall) -> Tall:
+    """Frozen after construction, with adapters of one's own on top."""
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        for i, layer in enumerate(model.layers):
+            model.layers[i] = Adapted(layer)
+    return model
 
 
-def peak_of_rank(layers: int) -> tuple[int, int, int]:
-    """(peak growth of this process while it shards, its shards, the largest tensor), in bytes."""
-    import threading
-    from pathlib import Path
-
-    build = functools.partial(Tall, layers, 1024)
-    ids = torch.zeros(4, 2, dtype=torch.int64)
-    parallelize(deferred(Tall, 2), "tp=2", args=(ids,), device="cpu")  # what is made once (imports, groups)
-    model = deferred(build)
-    page = 4096
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
-
-    stop, most = threading.Event(), 0
-
-    def watch() -> None:
-        nonlocal most
-        while not stop.wait(0.002):
-            most = max(most, resident())
-
-    before, watcher = resident(), threading.Thread(target=watch)
-    watcher.start()
-    sharded = parallelize(model, "tp=2", args=(ids,), device="cpu")
-    stop.set()
-    watcher.join()
-    shards = sum(p.numel() * p.element_size() for p in sharded.parameters())
-    return most - before, shards, max(t.numel() * t.element_size() for t in whole(model).values())
-
-
-@pytest.mark.slow
-def test_memory_of_a_rank():
-    for peak, shards, largest in ranks(2, peak_of_rank, 48):
-        assert peak <= shards + 2 * largest + 30e6, (peak, shards, largest)
-
-
-def shards_of(model: nn.Module, captured, mesh: dict[str, int]) -> InProcess:
-    plan = search(captured.graph, Cluster.local(math.prod(mesh.values())), mesh, 1)
-    return InProcess(compile(captured, plan), model)
-
-
-def compare(build, kwargs, loss, meshes) -> None:
+def test_frozen_weights_and_adapters_made_later():
     torch.manual_seed(3)
-    plain = build()
-    tensors = whole(plain)
+    ordinary = adapted(Tall(2, 16))
     torch.manual_seed(3)
-    later = deferred(build)
-    captured = capture(later, kwargs=kwargs, loss=loss)
-    for mesh in meshes:
-        trainer = shards_of(later, captured, mesh)
-        for state in trainer.states:
-            slots = trainer.program.ranks[state.rank]
-            for mine, kept in ((slots.params, state.params), (slots.buffers, state.buffers)):
-                assert set(mine) == set(kept)
-                for path, slot in mine.items():
-                    assert torch.equal(kept[path], slot.take(tensors[path])), (mesh, path)
-        for name, tensor in trainer.unused.items():
-            assert torch.equal(tensor, tensors[name]), name
+    later = adapted(deferred(Tall, 2, 16))
+    assert is_deferred(later) and not later.layers[0].up.weight.is_meta and later.layers[0].inner.weight.is_meta
+    captured = capture(later, args=(IDS,))
+    run = InProcess(without_graphs(captured, search(captured.graph, Cluster.local(2), {"tp": 2}, 1)), later)
+    for name, tensor in ordinary.state_dict().items():
+        assert torch.equal(run.state_dict()[name], tensor), name
+    trained = {name.partition(":")[2] for name, p in run.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in ordinary.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(
-    ("family", "meshes"),
-    [("gpt2", MESHES[7:8]), ("llama", MESHES[5:6]), *(pytest.param(family, MESHES, marks=pytest.mark.slow) for family in FAMILIES)],
-    ids=str,
-)
-def test_families_on_meshes(family, meshes):
-    transformers = pytest.importorskip("transformers")
-    auto = transformers.AutoModelForMaskedLM if family in hf.MASKED else transformers.AutoModelForCausalLM
-    _, kwargs = hf.build(family)
-    compare(lambda: auto.from_config(hf.configure(family), dtype=torch.float32), kwargs, None, meshes)
+@contextlib.contextmanager
+def no_draws():
+    execute = replay._execute
+
+    def checked(op, *args):
+        assert not op.random, op
+        return execute(op, *args)
+
+    with mock.patch.object(replay, "_execute", checked):
+        yield
 
 
-@pytest.mark.parametrize("name", ["plain_tied", "plain_llama", "plain_batch_norm"])
-def test_plain_models_on_meshes(name):
-    case = zoo.case(name)
-    _, kwargs = case.build()
-    compare(lambda: case.build()[0], kwargs, case.loss, MESHES[5:7])
+def test_weights_from_a_folder_need_no_draws(tmp_path):
+    pytest.importorskip("transformers")
+    model, kwargs = hf.build("llama")
+    model.save_pretrained(tmp_path)
+    model.to(torch.bfloat16)
+    later = load_pretrained(tmp_path, deferred(lambda: hf.build("llama")[0])).to(torch.bfloat16)
+    captured = capture(later, kwargs=kwargs)
+    program = without_graphs(captured, search(captured.graph, Cluster.local(2), {"tp": 2}, 1))
+    state = torch.get_rng_state()
+    with no_draws():
+        run = InProcess(program, later)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(run.state_dict()[name], tensor), name
+    for name, slot in program.ranks[1].buffers.items():  # those that no folder holds are computed
+        assert torch.equal(run.states[1].buffers[name], slot.take(whole(model)[name])), name
+    # or afterwards, over weights that were drawn
+    first = InProcess(program, deferred(lambda: hf.build("llama")[0]).to(torch.bfloat16))
+    for name, tensor in load_pretrained(tmp_path, first).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_what_a_folder_lacks_or_cant_be_promised(tmp_path):
+    pytest.importorskip("transformers")
+    model, kwargs = hf.build("llama")
+    model.save_pretrained(tmp_path / "llama")
+    with pytest.raises(CheckpointError, match="weights of its own"):
+        load_pretrained(tmp_path / "llama", model)
+    later = load_pretrained(tmp_path / "llama", deferred(lambda: hf.build("qwen3")[0]))
+    captured = capture(later, kwargs=kwargs)
+    program = without_graphs(captured, search(captured.graph, Cluster.local(2), {"tp": 2}, 1))
+    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.0\.self_attn\.q_norm\.weight"):
+        InProcess(program, later)
+
+
+# ---- sharding -------------------------------------------------------------------------------------------------------
 
 
 def one_rank(mesh):
     torch.manual_seed(3)
-    plain = Tall(2, 16)
+    ordinary = Tall(2, 16)
     torch.manual_seed(3)
     later = deferred(Tall, 2, 16)
-    assert is_deferred(later) and not is_deferred(plain)
-    ids = torch.arange(8).reshape(4, 2)
-    sharded = parallelize(later, mesh, args=(ids,), device="cpu")
-    for name, tensor in plain.state_dict().items():
+    assert is_deferred(later) and not is_deferred(ordinary)
+    sharded = parallelize(later, mesh, args=(IDS,), device="cpu")
+    for name, tensor in ordinary.state_dict().items():
         assert torch.equal(sharded.state_dict()[name], tensor)
-    torch.testing.assert_close(sharded.train_step(ids), plain(ids).detach())
+    torch.testing.assert_close(sharded.train_step(IDS), ordinary(IDS).detach())
 
 
 def test_real_ranks():
@@ -264,7 +235,20 @@ def test_what_happens_outside_of_the_constructor_is_refused():
         model.weight.mul_(2)
     with pytest.raises(DeferredError, match="weight was written to after"):
         list(materialise(model))
-    with pytest.raises(DeferredError, match="nobody recorded"):
-        list(materialise(deferred(nn.Linear, 3, 3).to(torch.bfloat16)))
+    with pytest.raises(DeferredError, match="weight was written to after"):
+        model.to(torch.bfloat16)
+    model = deferred(nn.Linear, 3, 3)
+    model.bias = nn.Parameter(torch.empty(3, device="meta"))
+    with pytest.raises(DeferredError, match="bias is on meta and nobody recorded"):
+        list(materialise(model))
+    with pytest.raises(DeferredError, match="bias is on meta and nobody recorded"):
+        model.half()
+    mine, theirs = torch.zeros(3), torch.zeros(3, device="meta")
+    for use in (lambda: mine.normal_(), lambda: mine.copy_(torch.ones(3)), lambda: mine.add_(torch.randn(3))):
+        with pytest.raises(DeferredError, match="from outside of the constructor"):
+            deferred(lambda use=use: [use(), nn.Linear(3, 3)][1])
+    with pytest.raises(DeferredError, match="a meta tensor from outside"):
+        deferred(lambda: [theirs + torch.ones(3), nn.Linear(3, 3)][1])
+    assert mine.sum() == 0
     with pytest.raises(DeferredError, match=r"an nn\.Module is expected"):
         deferred(torch.zeros, 3)
