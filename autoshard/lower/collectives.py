@@ -184,7 +184,7 @@ def _step(a: Type, b: Type, spot: Spot, source: Index, target: Index, first: Ind
             return all_to_all(x, a.dim, b.dim, spot.source, spot.target, spot)
         if kind == "mask":
             assert first is not None
-            return x * first.to(x.dtype)
+            return torch.where(first != 0, x, torch.zeros((), dtype=x.dtype, device=x.device))  # not a product: 0 · inf is nan
         if kind == "embed":
             assert source is not None
             n = sum(o * sum(sizes) * i for o, sizes, i in spot.source)

@@ -330,7 +330,7 @@ class _Builder:
             return (lambda x, i: x.index_select(dim, i)), f"time_slice {dim}", [index]
         if op.target == "autoshard.time_mask.default":
             first = self.rank_input(RankInput("first", cuts=(("mb", ()),)))
-            return (lambda x, f: x * f.to(x.dtype)), "time_mask", [first]
+            return (lambda x, f: torch.where(f != 0, x, torch.zeros((), dtype=x.dtype, device=x.device))), "time_mask", [first]
         assert op.target == "autoshard.dropout_mask.default", op.target
         return self._dropout(local, op, out)
 

@@ -1,8 +1,8 @@
 """What stands between the model and torch while it is exported: each context manager keeps one meaning that export would drop.
 
-`same_parameters`: modules keep their dtype. `whole_functions`: custom autograd Functions become one opaque op. `no_checkpoint`: recompute is the plan's choice. `Watch`: decides python
-branches on uniform draws, and refuses gradient hooks. `same_attributes`: forward's assignments to modules are undone. `exact_sources`: each
-node records the user's own line. `quiet`: no dumps.
+`same_parameters`: modules keep their dtype. `whole_functions`: custom autograd Functions become one opaque op. `no_checkpoint`: recompute
+is the plan's choice. `Watch`: decides python branches on uniform draws, and refuses gradient hooks. `same_attributes`: what forward assigns
+to modules is undone. `exact_sources`: each node records the user's own line. `quiet`: no dumps.
 """
 
 from __future__ import annotations
