@@ -189,7 +189,8 @@ def choose_device(mesh: Where, device: torch.device | str | None) -> torch.devic
     found = torch.device(device)
     if found.type == "cuda" and not torch.cuda.is_available():
         built = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds none"
-        raise MeshError(f"the device is {found}, but there is no GPU: {built}", hint="give the device cpu, or none; autoshard doctor says more")
+        hint = "give the device cpu, or none; autoshard doctor says more"
+        raise MeshError(f"the device is {found}, but there is no GPU: {built}", hint=hint)
     if found.type == "cuda":
         if found.index is None:
             rank = dist.get_rank() if dist.is_initialized() else 0
