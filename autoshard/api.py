@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import CaptureError, MeshError
+from .errors import BatchError, CaptureError, MeshError
 from .lower import compile as lower
 from .lower.program import Program
 from .mesh import AXES, Mesh
@@ -34,6 +35,7 @@ from .runtime.module import NOTHING, Sharded
 from .runtime.trainable import Wanted
 from .trace.capture import capture
 from .trace.captured import Captured
+from .trace.graph import Graph
 
 log = logging.getLogger("autoshard")
 Where = DeviceMesh | Cluster | Mesh | Mapping[str, int] | str | os.PathLike[str]
@@ -59,7 +61,7 @@ def parallelize(
     `mesh`: named degrees (a DeviceMesh, {"dp": 2, "tp": 4} or "dp=2 tp=4") that the plan must have; or a Cluster, its file or its
     catalogue name ("h100x8"), and the planner chooses. `args`, `kwargs`: an example of the global batch (without it, the first
     step's). `loss`: makes a scalar of the model's output; without it the output itself, its `.loss` or `["loss"]`. `plan`: a plan
-    or its file instead of a search. `pins`: decisions to hold fixed (see `plan.search`). `compile`: whether graphs go through
+    or its file instead of a search. `microbatches`: how many a step runs in, instead of what the planner finds best. `pins`: decisions to hold fixed (see `plan.search`). `compile`: whether graphs go through
     torch.compile (default: on CUDA). `exact_random`: dropout replays torch's own CPU stream, as the plain model draws it (slow, for
     comparisons); otherwise every element's draw is keyed by seed and global index, the same under every plan.
     """
@@ -130,16 +132,46 @@ class Rooms:
             self.left = None
             log.info("the model can't be copied without its weights (%s); they stay in memory", error)
 
+    def count(self, graph: Graph, later: bool) -> int | None:
+        """The microbatches to plan for. A later batch (an epoch's last, say) that they don't divide is cut finer, so that no microbatch
+        is larger than it would be; that the example isn't divided is a mistake. Raises BatchError."""
+        wanted, sizes = self.microbatches, {v.tensor.shape[v.batch_dim] for v in graph.sources("input") if v.batch_dim is not None}
+        rows = math.gcd(*sizes)
+        if wanted is None or rows % wanted == 0:
+            return wanted
+        shown = ", ".join(map(str, sorted(sizes)))
+        counts = [n for n in range(1, rows + 1) if rows % n == 0]
+        if not later:
+            raise BatchError(
+                f"a batch of {shown} doesn't divide into {wanted} microbatches",
+                hint=f"give one of {', '.join(map(str, counts[:12]))}, or none: the planner chooses then",
+            )
+        finer = next((n for n in counts if n >= wanted), rows)
+        log.warning("a batch of %s doesn't divide into %d microbatches: it runs in %d", shown, wanted, finer)
+        return finer
+
     def planned(self, captured: Captured, like: Program | None) -> Plan:
+        count = self.count(captured.graph, later=like is not None) if like is not None or self.plan is None else None
         if like is not None:
-            return search(captured.graph, self.cluster, like.plan.mesh, self.microbatches, {**self.pins, **_same_storage(like)})
+            return _told(search(captured.graph, self.cluster, like.plan.mesh, count, {**self.pins, **_same_storage(like)}), count)
         if self.plan is None:
-            return search(captured.graph, self.cluster, self.degrees, self.microbatches, self.pins)
+            return _told(search(captured.graph, self.cluster, self.degrees, count, self.pins), count)
         plan = self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan)
         plan.check(captured.graph)
+        if self.microbatches not in (None, plan.microbatches):
+            raise BatchError(
+                f"the plan has {plan.microbatches} microbatches, but {self.microbatches} are asked for", hint="give one of the two"
+            )
         if self.degrees is not None and Mesh.of(dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True))) != self.degrees:
             raise MeshError(f"the plan is for the mesh {plan.mesh}, but {self.degrees} was given", hint="give the plan's mesh, or no plan")
         return plan
+
+
+def _told(plan: Plan, count: int | None) -> Plan:
+    """The plan. A count of microbatches that was asked for and couldn't be is told, with the op that forbids it."""
+    if count is not None and plan.microbatches != count:
+        log.warning("microbatches=%d isn't followed: %s", count, "; ".join(plan.notes))
+    return plan
 
 
 def _plain(module: nn.Module) -> list[Tensor]:
@@ -191,7 +223,8 @@ def choose_device(mesh: Where, device: torch.device | str | None) -> torch.devic
     found = torch.device(device)
     if found.type == "cuda" and not torch.cuda.is_available():
         built = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds none"
-        raise MeshError(f"the device is {found}, but there is no GPU: {built}", hint="give the device cpu, or none; autoshard doctor says more")
+        hint = "give the device cpu, or none; autoshard doctor says more"
+        raise MeshError(f"the device is {found}, but there is no GPU: {built}", hint=hint)
     if found.type == "cuda":
         if found.index is None:
             rank = dist.get_rank() if dist.is_initialized() else 0

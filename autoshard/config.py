@@ -358,10 +358,11 @@ def _without_effect(config: Config) -> Iterator[tuple[At, str]]:
     data, evaluation, parallel = config.data, config.evaluation, config.parallel
     sources = [(("data", "sources", i), s) for i, s in enumerate(data.sources)]
     sources += [(("evaluation", "sources", i), s) for i, s in enumerate(evaluation.sources)]
+    nothing = not data.held_out and not evaluation.sources
     whys: list[tuple[Any, str, At, bool, str]] = [
         (data, "tokenizer", ("data",), all(s.format != "text" for _, s in sources), "no source is text"),
         (data, "held_out", ("data",), bool(evaluation.sources and data.held_out), "evaluation.sources are evaluated on"),
-        *((evaluation, k, ("evaluation",), not data.held_out and not evaluation.sources, "nothing is held out") for k in ("every", "batches")),
+        *((evaluation, k, ("evaluation",), nothing, "nothing is held out") for k in ("every", "batches")),
         (config.schedule, "floor", ("schedule",), config.schedule.kind == "constant", "the schedule is constant"),
         *((config.checkpoints, k, ("checkpoints",), config.checkpoints.folder is None, "there is no folder") for k in ("every", "keep")),
         *((parallel, k, ("parallel",), parallel.plan is not None, "the plan decides it") for k in ("microbatches", "pins")),
@@ -369,13 +370,17 @@ def _without_effect(config: Config) -> Iterator[tuple[At, str]]:
     ]
     for part, name, at, useless, why in whys:
         # one that is as it would be anyway does no harm: --print-config prints them all
-        fields = {f.name: f for f in dataclasses.fields(part)}
-        usual = fields[name].default_factory() if fields[name].default is dataclasses.MISSING else fields[name].default  # type: ignore[misc]
-        if useless and getattr(part, name) != usual:
+        if useless and getattr(part, name) != _usual(part, name):
             yield (*at, name), f"{name} has no effect: {why}"
     for i, group in enumerate(config.optimizer.groups):
         if group.lr is None and group.weight_decay is None:
             yield ("optimizer", "groups", i, "match"), "a group with neither lr nor weight_decay has no effect"
+
+
+def _usual(part: Any, name: str) -> Any:
+    """A field's default."""
+    found = next(f for f in dataclasses.fields(part) if f.name == name)
+    return found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
 
 
 def check_pins(pins: Mapping[str, Any], where: str) -> None:

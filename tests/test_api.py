@@ -100,6 +100,32 @@ def test_a_new_shape_is_captured_once_and_reported(caplog):
     assert sum("a new input shape" in r.message for r in caplog.records) == 1
 
 
+def test_a_later_batch_that_does_not_divide_is_cut_finer(caplog):
+    plain, sharded = Small(), parallelize(Small(), "dp=1", kwargs=batch(8), device="cpu", microbatches=4)
+    for rows, says in ((8, ""), (6, "a batch of 6 doesn't divide into 4 microbatches: it runs in 6"), (3, "it runs in 3")):
+        torch.testing.assert_close(sharded.train_step(**batch(rows)), plain(**batch(rows)).detach(), **TIGHT)
+        plain(**batch(rows)).backward()
+        assert says in caplog.text
+    assert [p.plan.microbatches for p in sharded.source.programs] == [4, 6, 3]
+    for name, gradient in sharded.gradients().items():  # of three batches, one after another
+        torch.testing.assert_close(gradient, plain.get_parameter(name).grad, **TIGHT)
+
+
+def test_microbatches_that_cannot_be(caplog):
+    with pytest.raises(autoshard.BatchError, match=r"a batch of 8 doesn't divide into 3 microbatches\n  hint: give one of 1, 2, 4, 8"):
+        parallelize(Small(), "dp=1", kwargs=batch(8), device="cpu", microbatches=3)
+    plan = parallelize(Small(), "dp=1", kwargs=batch(8), device="cpu", microbatches=2).plan
+    with pytest.raises(autoshard.BatchError, match="the plan has 2 microbatches, but 4"):
+        parallelize(Small(), "dp=1", kwargs=batch(8), device="cpu", microbatches=4, plan=plan)
+
+    class Whole(Small):
+        def forward(self, ids, labels):
+            return super().forward(ids, labels).exp()
+
+    assert parallelize(Whole(), "dp=1", kwargs=batch(8), device="cpu", microbatches=2).plan.microbatches == 1
+    assert "microbatches=2 isn't followed" in caplog.text and "exp" in caplog.text
+
+
 def test_evaluation_has_no_dropout():
     plain, sharded = Small(p=0.5), parallelize(Small(p=0.5), "dp=1", kwargs=batch(), device="cpu")
     first, second = sharded.train_step(**batch()), sharded.train_step(**batch())

@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from ..lower.program import Program
 from ..trace.graph import Tensor as Spec
 from .inputs import torch_dtype
 from .requests import Meet, Receive, Request, Send
-from .watchdog import ANSWER, STOP_AFTER, Playing, Watchdog, blame, keep_quiet
+from .watchdog import ANSWER, STOP_AFTER, Playing, Watchdog, blame, keep_quiet, unfinished
 
 T = TypeVar("T")
 MAX_TEXT = 1 << 30
@@ -49,7 +50,7 @@ _watchdogs: dict[Any, Watchdog | None] = {}
 """Default group → the one watchdog of this process, which has one main thread to look at."""
 
 
-def watchdog(stop_after: float) -> Watchdog | None:
+def watchdog(stop_after: float, device: torch.device) -> Watchdog | None:
     """This process's watchdog, which `stop_after` seconds are told to (0: none). None also where the store allows no second client."""
     world = dist.group.WORLD
     if not stop_after or dist.get_world_size() == 1:
@@ -67,10 +68,17 @@ def watchdog(stop_after: float) -> Watchdog | None:
             mine = store.clone()
             mine.set_timeout(timedelta(seconds=ANSWER))
             named = PrefixStore(f"autoshard {generation()}", mine)
-            made = Watchdog(named, dist.get_rank(), dist.get_world_size(), stop_after=stop_after)
+            made = Watchdog(named, dist.get_rank(), dist.get_world_size(), stop_after=stop_after, pending=_pending(device))
             keep_quiet(made)
         _watchdogs[world] = made
     return _watchdogs[world]
+
+
+def _pending(device: torch.device) -> Callable[[], bool]:
+    """Whether a device has work left, for the watchdog: a CPU's is done when a call returns."""
+    if device.type != "cuda":
+        return lambda: False
+    return partial(unfinished, torch.cuda.current_stream(device))
 
 
 class Comm:
@@ -83,7 +91,7 @@ class Comm:
         if not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             join(self.backend)
         self.alone = not dist.is_initialized()
-        self.watchdog = None if self.alone else watchdog(stop_after)
+        self.watchdog = None if self.alone else watchdog(stop_after, device)
         self.rank, self.size = (0, 1) if self.alone else (dist.get_rank(), dist.get_world_size())
         self.groups: dict[tuple[Any, ...], Any] = {}
         self.axes: dict[str, tuple[int, ...]] = {}

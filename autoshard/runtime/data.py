@@ -250,7 +250,8 @@ class Batches:
         sizes = [list(s) for s in state.get("sources", [])]
         if [s[1:] for s in sizes] != [s[1:] for s in now["sources"]]:
             raise DataError(
-                f"the checkpoint's data was {sizes}, but now it is {now['sources']}", hint="give the same sources, in the same order, with the same data.held_out"
+                f"the checkpoint's data was {sizes}, but now it is {now['sources']}",
+                hint="give the same sources, in the same order, with the same data.held_out",
             )
         taken = state["taken"]
         if len(taken) != len(self.taken) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in taken):

@@ -198,7 +198,7 @@ class Trainer:
                 NonFiniteError(
                     f"{self.in_a_row} steps in a row up to step {self.step} had a loss or a gradient that isn't finite",
                     hint="lower optimizer.lr, lengthen schedule.warmup, or look at the data; earlier checkpoints are whole",
-                )
+                ),
             )
         return norm, used
 
@@ -270,7 +270,6 @@ class Trainer:
         if stop:
             self.watcher.say(f"told to stop: ending after step {self.step}")
         return stop
-
 
 
 def claim(folder: str | None, comm: Comm, resume: bool) -> bool:

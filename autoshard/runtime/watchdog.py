@@ -40,6 +40,9 @@ STOP_AFTER = 600.0
 """Seconds of waiting for a rank that is alive (it may be writing a checkpoint, or compiling) after which all ranks end."""
 STOPPED_AFTER = 30.0
 """Seconds of waiting for a rank that doesn't report."""
+COMPUTING_AFTER = 60.0
+"""Seconds after which it is said that all wait and some of them for their devices: a step may take long. (It ends nothing: if the
+devices are in communication, the backend's own timeout does.)"""
 ANSWER = 30.0
 """Seconds after which a call of the store gives up (it must be made with this timeout)."""
 
@@ -67,6 +70,8 @@ class Report:
     """Seconds that its main thread has stood at one place in communication; 0 if it is elsewhere."""
     pid: int
     host: str
+    device: bool = False
+    """Whether it waits for its device (which may be in communication, or compute) rather than in communication itself."""
 
     def said(self) -> str:
         where = f"in action {self.action} of step {self.step}" if self.action else f"between steps {self.step} and {self.step + 1}"
@@ -79,6 +84,8 @@ class Verdict:
 
     text: str
     stopped: tuple[Report, ...] = ()
+    computing: bool = False
+    """Whether it may be nobody's fault: all wait, some of them for their devices, which may have much to do."""
 
 
 def judge(reports: Sequence[Report], silent: frozenset[int]) -> Verdict:
@@ -100,7 +107,10 @@ def judge(reports: Sequence[Report], silent: frozenset[int]) -> Verdict:
         who = f"it is {busy[0].said()}" if len(busy) == 1 else "; ".join(f"rank {r.rank} is {r.said()}" for r in busy[:8])
         return Verdict(f"{_ranks([r.rank for r in busy])} keep{'s' * (len(busy) == 1)} {held} waiting: {who}")
     last = sorted(waiting, key=lambda r: (r.step, r.action == ""))  # furthest behind first
-    return Verdict("every rank waits for another: " + "; ".join(f"rank {r.rank} is {r.said()}" for r in last[:16]))
+    who = "; ".join(f"rank {r.rank} is {r.said()}" for r in last[:16])
+    if any(r.device for r in waiting):
+        return Verdict(f"every rank waits for another or for its device: {who}", computing=True)
+    return Verdict(f"every rank waits for another: {who}")
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -168,6 +178,20 @@ def stands(frame: FrameType | None) -> tuple[str, bool]:
     return place or "its start or end", waiting
 
 
+class Queue(Protocol):
+    """What is used of a `torch.cuda.Stream`."""
+
+    def query(self) -> bool: ...
+
+
+def unfinished(queue: Queue) -> bool:
+    """Whether a device still works on what was given to it. (One that can't be asked, as while a graph is captured, counts as idle.)"""
+    try:
+        return not queue.query()
+    except RuntimeError:
+        return False
+
+
 class Playing(Protocol):
     """What is being played (an `executor.Step`): it says in which action it is."""
 
@@ -194,7 +218,7 @@ class Watchdog:
         self.name_after, self.stop_after = name_after, stop_after
         self.stopped_after = min(STOPPED_AFTER, stop_after) if stopped_after is None else stopped_after
         self.pending = pending
-        """Whether the device still works on what was given to it, so that a host that stands still waits for that."""
+        """Whether the device still works on what was given to it, so that a host that stands still waits for that (`unfinished`)."""
         self.main = threading.main_thread().ident or 0
         self.ticks, self.since, self.stood = 0, time.monotonic(), ("", 0, "")
         self.heard: dict[int, tuple[int, float]] = {}
@@ -260,10 +284,11 @@ class Watchdog:
         action = playing.at if playing is not None else ""
         stood = (place, number, action)
         now = time.monotonic()
-        if stood != self.stood or not (waiting or self.pending()):
+        device = stood == self.stood and not waiting and self.pending()
+        if stood != self.stood or not (waiting or device):
             self.stood, self.since = stood, now
         self.ticks += 1
-        return Report(self.rank, self.ticks, number, action, place, now - self.since, os.getpid(), socket.gethostname())
+        return Report(self.rank, self.ticks, number, action, place, now - self.since, os.getpid(), socket.gethostname(), device)
 
     # ---- the others -------------------------------------------------------------------------------------------------
 
@@ -297,13 +322,16 @@ class Watchdog:
             verdict, speaks = Verdict(text, holder), mine.rank <= 1
         else:
             verdict = judge(reports, silent)
+            if verdict.computing and mine.waiting < COMPUTING_AFTER:
+                return
             speaks = mine.rank == min((r.rank for r in reports if r.waiting and r.rank not in silent), default=mine.rank)
         limit = self.stopped_after if verdict.stopped or deaf > SILENT else self.stop_after
-        over = mine.waiting >= limit
+        over = mine.waiting >= limit and not verdict.computing
         if speaks and (over or self.named != self.stood):
             self.named = self.stood
-            ends = f"every rank ends now, after {mine.waiting:.0f} s" if over else f"all ranks end if this lasts {limit:.0f} s"
-            print(f"autoshard: {verdict.text} ({mine.waiting:.0f} s; {ends})", file=sys.stderr, flush=True)
+            ends = f"; every rank ends now, after {mine.waiting:.0f} s" if over else f"; all ranks end if this lasts {limit:.0f} s"
+            ends = "" if verdict.computing else ends
+            print(f"autoshard: {verdict.text} ({mine.waiting:.0f} s{ends})", file=sys.stderr, flush=True)
             if deaf <= SILENT:
                 self.tell(*(f"blamed/{r.rank}" for r in reports if not r.waiting))
         if over:

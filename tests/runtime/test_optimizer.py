@@ -67,7 +67,7 @@ def test_low_precision_parameters_have_float32_masters(dtype):
         assert torch.equal(p, e.to(dtype))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
 def test_gradients_that_are_not_finite_are_seen_in_any_dtype(dtypes):
     named = [(f"p{i}", nn.Parameter(torch.ones(3, dtype=dtype))) for i, dtype in enumerate(dtypes)]
     named += [("empty", nn.Parameter(torch.ones(0))), ("idle", nn.Parameter(torch.ones(2)))]

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 
 from autoshard.cli import run
-from autoshard.config import Config, Metrics, parse
+from autoshard.config import Config, Metrics, load, parse
 from autoshard.errors import ConfigError
 from autoshard.runtime.metrics import NAMES, JsonLines, open_sinks
 from autoshard.runtime.trainer import rate
@@ -42,6 +43,34 @@ checkpoints: {{folder: {tmp_path}/checkpoints, every: 4, keep: 2}}
 metrics: {{file: {tmp_path}/metrics.jsonl}}
 """)
     return tmp_path / "train.yaml"
+
+
+MODEL = """
+import torch
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(256, 4))
+    def forward(self, tokens, targets):
+        logits = self.table[tokens] @ self.table.t()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return loss AFTER
+def build():
+    return Model()
+"""
+
+
+def with_model(config: Path, after: str = "") -> Path:
+    """The config with a model that takes no time."""
+    model = config.parent / "model.py"
+    model.write_text(MODEL.replace("AFTER", after))
+    config.write_text(config.read_text().replace(GPT, f"{model}:build").replace("{layers: 2, heads: 2, hidden: 32}", "{}"))
+    return config
+
+
+@pytest.fixture
+def tiny(config: Path) -> Path:
+    return with_model(config)
 
 
 def command(config: Path, *more: str, nproc: int = 1) -> list[str]:
@@ -77,11 +106,11 @@ def test_a_resumed_run_is_the_same_run(config: Path, nproc: int) -> None:
     assert sum("validation_metrics/loss" in r for r in records) == 2
 
 
-def test_a_folder_of_another_run_is_not_mixed_with(config: Path) -> None:
-    (config.parent / "few.yaml").write_text(config.read_text().replace("steps: 8", "steps: 2"))
-    assert run(["train", str(config.parent / "few.yaml")]) == 0
-    assert run(["train", str(config)]) == 3
-    assert run(["train", str(config), "--resume", "--set", "run.steps=3"]) == 0
+def test_a_folder_of_another_run_is_not_mixed_with(tiny: Path) -> None:
+    (tiny.parent / "few.yaml").write_text(tiny.read_text().replace("steps: 8", "steps: 2"))
+    assert run(["train", str(tiny.parent / "few.yaml")]) == 0
+    assert run(["train", str(tiny)]) == 3
+    assert run(["train", str(tiny), "--resume", "--set", "run.steps=3"]) == 0
 
 
 def test_sigterm_finishes_the_step_and_saves(config: Path) -> None:
@@ -104,21 +133,7 @@ def test_sigterm_finishes_the_step_and_saves(config: Path) -> None:
 
 
 def test_what_is_not_finite_is_skipped_and_then_ends_the_run(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model = config.parent / "model.py"
-    model.write_text("""
-import torch
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Parameter(torch.zeros(256, 4))
-    def forward(self, tokens, targets):
-        logits = self.table[tokens] @ self.table.t()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return loss / (tokens.sum() - tokens.sum())
-def build():
-    return Model()
-""")
-    text = config.read_text().replace(GPT, f"{model}:build").replace("{layers: 2, heads: 2, hidden: 32}", "{}")
+    text = with_model(config, "/ (tokens.sum() - tokens.sum())").read_text()
     config.write_text(text.replace("log_every: 1", "log_every: 1, max_nonfinite: 3"))
     assert run(["train", str(config)]) == 3
     captured = capfd.readouterr()
@@ -141,6 +156,166 @@ def test_the_rate() -> None:
     assert round(rate(60, config), 6) == 0.55 and round(rate(110, config), 6) == 0.1
     config.schedule.kind = "constant"
     assert rate(60, config) == 1.0
+
+
+# ---- what a resumed run takes from its config, and what it refuses -------------------------------------------------------
+
+
+def test_a_resumed_run_follows_its_config_and_says_what_changed(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", str(tiny), "--set", "run.steps=4"]) == 0
+    changes = ["optimizer.lr=6e-3", "optimizer.weight_decay=0", "data.batch=6", "run.steps=6"]
+    capfd.readouterr()
+    assert run(["train", str(tiny), "--resume", *(part for c in changes for part in ("--set", c))]) == 0
+    said = capfd.readouterr().out
+    for text in ("learning rate is 0.006 from here on, it was 0.003", "weight decay is 0.0 from here on, it was 0.1", "data.batch is 6"):
+        assert said.count(text) == 1, said
+    records = {r["step"]: r for r in map(json.loads, (tiny.parent / "metrics.jsonl").read_text().splitlines()) if "lr" in r}
+    read = load(tiny, changes)
+    assert records[5]["lr"] == pytest.approx(6e-3 * rate(4, read)) and records[6]["lr"] == pytest.approx(6e-3 * rate(5, read))
+    assert [records[s]["n_tokens_seen"] for s in (4, 5, 6)] == [4 * 4 * 16, (4 * 4 + 6) * 16, (4 * 4 + 12) * 16]
+    assert run(["train", str(tiny), "--resume", "--set", "run.steps=3"]) == 0
+    assert "nothing is left to train: run.steps is 3" in capfd.readouterr().out
+    assert run(["train", str(tiny), "--resume", "--set", "data.seq=8"]) == 3
+    assert "set data.seq back" in capfd.readouterr().err
+
+
+def test_folders_that_cannot_serve_are_told_before_anything_is_made(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", str(tiny), "--resume", "--set", "run.steps=2"]) == 0  # with --resume, also where there is nothing yet
+    assert "starting at the beginning" in capfd.readouterr().out
+    assert run(["train", str(tiny)]) == 3
+    assert "has checkpoints already" in capfd.readouterr().err
+    (saved,) = (tiny.parent / "checkpoints").glob("step-*")
+    (saved / "manifest.json").write_text("{}")
+    for resume in ([], ["--resume"]):
+        assert run(["train", str(tiny), *resume]) == 5
+        assert "none of its 1 checkpoints is whole" in capfd.readouterr().err
+    (tiny.parent / "file").write_text("")
+    assert run(["train", str(tiny), "--set", f"checkpoints.folder={tiny.parent}/file/x"]) == 5
+    captured = capfd.readouterr()
+    assert "can't be written: Not a directory" in captured.err and "mesh" not in captured.out
+    assert run(["train", str(tiny), "--resume", "--set", "checkpoints={}"]) == 3
+    assert "nothing to resume from" in capfd.readouterr().err
+
+
+def test_arguments_that_text_does_not_fill(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for fields, says in (("{tokens: tokens, words: next}", "takes no 'words'"), ("{targets: next}", "also takes 'tokens'")):
+        assert run(["train", str(tiny), "--set", f"data.fields={fields}"]) == 3
+        assert says in capfd.readouterr().err
+    assert run(["train", str(tiny), "--set", "parallel.device=cuda"]) == 3
+    assert "no GPU" in capfd.readouterr().err
+
+
+# ---- sinks ------------------------------------------------------------------------------------------------------------
+
+
+class FakeWriter:
+    """As torch.utils.tensorboard.SummaryWriter."""
+
+    made: ClassVar[list[FakeWriter]] = []
+
+    def __init__(self, folder: str, purge_step: int | None = None) -> None:
+        self.folder, self.purge_step, self.closed, self.scalars = folder, purge_step, False, list[tuple[str, float, int]]()
+        FakeWriter.made.append(self)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.scalars.append((tag, value, step))
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeWandb(ModuleType):
+    """As the package: init returns a run with an id, a log and an end."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.begun: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.finished = 0
+        self.id = "abc123"
+
+    def init(self, **options: Any) -> FakeWandb:
+        if options["project"] == "forbidden":
+            raise self.Error("api_key not configured")
+        self.begun.append(options)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    FakeWriter.made.clear()
+    boards = ModuleType("torch.utils.tensorboard")
+    monkeypatch.setattr(boards, "SummaryWriter", FakeWriter, raising=False)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", boards)
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
+
+
+def test_sinks_get_what_the_file_gets(tiny: Path, packages: FakeWandb, capfd: pytest.CaptureFixture[str]) -> None:
+    given = ["--set", f"metrics.tensorboard={tiny.parent}/board", "--set", "metrics.wandb=mine"]
+    assert run(["train", str(tiny), *given, "--set", "run.steps=4"]) == 0
+    assert run(["train", str(tiny), *given, "--set", "run.steps=6", "--resume"]) == 0
+    lines = [json.loads(line) for line in (tiny.parent / "metrics.jsonl").read_text().splitlines()]
+    expected = [(r["step"], {k: v for k, v in r.items() if k != "step"}) for r in lines]
+    assert packages.logged == expected and {name for _, values in expected for name in values} == set(NAMES)
+    assert [(b["project"], b.get("id"), b.get("resume")) for b in packages.begun] == [("mine", None, None), ("mine", "abc123", "allow")]
+    assert packages.begun[0]["config"]["run"]["steps"] == 4 and packages.finished == 2
+    assert [(w.folder, w.purge_step, w.closed) for w in FakeWriter.made] == [(f"{tiny.parent}/board", step, True) for step in (None, 5)]
+    scalars = [s for w in FakeWriter.made for s in w.scalars]
+    assert scalars == [(name, value, step) for step, values in expected for name, value in values.items()]
+
+
+def test_a_sink_that_does_not_start_ends_the_run_before_it_begins(
+    tiny: Path, packages: FakeWandb, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--set", f"metrics.tensorboard={tiny.parent}/board", "--set", "metrics.wandb=forbidden"]
+    assert run(["train", str(tiny), *given]) == 3
+    said = capfd.readouterr().err
+    assert "api_key not configured" in said and "WANDB_MODE=offline" in said and "Traceback" not in said
+    assert [w.closed for w in FakeWriter.made] == [True]
+
+
+def test_the_names_are_torchtitan_s() -> None:
+    """As its components/metrics.py and train.py have them; ours alone is skipped_steps."""
+    memory = [f"memory/max_{what}({unit})" for what in ("active", "reserved") for unit in ("GiB", "%")]
+    theirs = {
+        "loss_metrics/global_avg_loss", "loss_metrics/global_max_loss", "grad_norm", "lr", "n_tokens_seen", "throughput(tps)", "tflops",
+        "mfu(%)", "time_metrics/end_to_end(s)", "time_metrics/data_loading(s)", "time_metrics/data_loading(%)", "memory/num_alloc_retries",
+        "memory/num_ooms", "validation_metrics/loss", "validation_metrics/throughput(tps)", *memory,
+        *(f"validation_metrics/{name}" for name in memory),
+    }  # fmt: skip
+    assert set(NAMES) - {"skipped_steps"} == theirs
+
+
+@pytest.mark.slow
+def test_the_real_packages(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="pip install tensorboard")
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tiny.parent))
+    given = ["--set", f"metrics.tensorboard={tiny.parent}/board", "--set", "metrics.wandb=mine"]
+    assert run(["train", str(tiny), *given, "--set", "run.steps=4"]) == 0
+    (last,) = (tiny.parent / "checkpoints").glob("step-*")
+    assert run(["train", str(tiny), *given, "--set", "run.steps=6", "--resume"]) == 0
+    board = accumulator.EventAccumulator(f"{tiny.parent}/board")
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == set(NAMES)
+    found = {e.step: e.value for e in board.Scalars("loss_metrics/global_avg_loss")}
+    assert found == pytest.approx(losses(tiny), rel=1e-6) and list(found) == [1, 2, 3, 4, 5, 6]
+    assert len(list((tiny.parent / "wandb").glob("offline-run-*/*.wandb"))) == 2
 
 
 @pytest.mark.parametrize("sink", ["tensorboard", "wandb"])

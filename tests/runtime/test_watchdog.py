@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from autoshard.errors import RankError
@@ -40,6 +42,70 @@ def test_where_a_thread_stands() -> None:
 
     place, waiting = stands(sys._getframe())
     assert place.endswith("in test_where_a_thread_stands") and not waiting
+
+
+class FakeStream:
+    """As a CUDA stream answers: whether all that it was given is done, or that it can't be asked."""
+
+    def __init__(self) -> None:
+        self.done: bool | None = True
+
+    def query(self) -> bool:
+        if self.done is None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return self.done
+
+
+class FakeStore(dict):  # type: ignore[type-arg]
+    set = dict.__setitem__
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self[key].encode() for key in keys]
+
+
+def test_a_host_that_stands_still_waits_for_its_device(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """What happens on CUDA when a collective hangs: no host is in communication, all wait for a number from the device."""
+    from functools import partial
+
+    from autoshard.runtime import watchdog as module
+
+    monkeypatch.setattr(module, "TICK", 1000.0)  # its threads sleep: this test looks itself
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    stream = FakeStream()
+    watchdog = module.Watchdog(FakeStore(), 0, 2, pending=partial(module.unfinished, stream))
+    monkeypatch.setattr(module.Watchdog, "end", lambda *_: pytest.fail("a busy device ends nothing"))
+    try:
+        monkeypatch.setattr(module, "stands", lambda frame: ("train.py:9 in main", False))
+
+        def look(seconds: float, done: bool | None) -> Report:
+            now[0] += seconds
+            stream.done = done
+            return watchdog.look()
+
+        look(1, True)
+        assert look(9, True).waiting == 0 and look(9, None).waiting == 0  # the host is at work
+        assert look(2, False).waiting == 2 and look(2, False).device
+        late = look(5, False)
+        assert late.waiting == 9
+        busy = report(1)
+        assert judge([late, busy], frozenset()).text.startswith("rank 1 keeps rank 0 waiting")
+        both = [late, Report(1, 5, 3, "", "train.py:9 in main", 9.0, 1, "elsewhere", True)]
+        verdict = judge(both, frozenset())
+        assert verdict.computing and "for its device" in verdict.text
+        watchdog.reports, watchdog.answered = both, now[0]
+        watchdog.consider(late)
+        assert capfd.readouterr().err == ""  # a step may take nine seconds
+        late = look(2000, False)
+        watchdog.reports, watchdog.answered = [late, dataclasses.replace(both[1], tick=6)], now[0]
+        watchdog.consider(late)
+        assert capfd.readouterr().err.count("every rank waits for another or for its device") == 1
+        assert look(1, True).waiting == 0
+    finally:
+        watchdog.ending.set()
 
 
 END = """
