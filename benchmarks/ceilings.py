@@ -2,9 +2,10 @@
 
     python -m benchmarks.ceilings --work llama-8b-layers
 
-In: a work's `Parts`. Out: a `Floor`: seconds of its matmuls (forward and both gradients, projections of one input merged), of its attentions
-by the fastest of torch's backends, and of the bytes that lie between them at the speed of a copy; one after another, communication apart.
-All is measured here and now, as figures move from machine to machine. FP8 steps are measured against the same floor, of half precision.
+In: a work's `Parts`. Out: a `Floor`: seconds of its matmuls (forward and both gradients, projections of one input merged), of its
+attentions by the fastest of torch's backends, and of the bytes that lie between them at the speed of a copy; one after another,
+communication apart. All is measured here and now, as figures move from machine to machine. FP8 steps stand beside the same floor, of
+half precision.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def measure(parts: Parts, device: torch.device, dtype: torch.dtype) -> Floor:
 
 
 def matmul(m: Matmul, device: torch.device, dtype: torch.dtype) -> Row:
-    x, w, grad = (torch.randn(shape, device=device, dtype=dtype) for shape in ((m.rows, m.inner), (m.columns, m.inner), (m.rows, m.columns)))
+    x, w, grad = (
+        torch.randn(shape, device=device, dtype=dtype) for shape in ((m.rows, m.inner), (m.columns, m.inner), (m.rows, m.columns))
+    )
     calls: dict[str, Callable[[], Any]] = {"forward": lambda: F.linear(x, w), "input": lambda: grad @ w, "weight": lambda: grad.t() @ x}
     seconds = {name: harness.kernel(call, device) * m.times for name, call in calls.items()}
     return Row(m.name, seconds, m.flops, f"{m.rows} × {m.inner} → {m.columns}, {m.times:g} times")

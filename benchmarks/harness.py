@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -163,7 +164,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     else:
         found["device"], found["threads"] = platform.processor() or "cpu", torch.get_num_threads()
     found["commit"] = commit()
+    found |= {name: os.environ[name] for name in SETTINGS if name in os.environ}
     return found
+
+
+SETTINGS = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Environment variables that change how fast things are."""
 
 
 def commit() -> str:

@@ -164,15 +164,15 @@ def _sdpa(config: Any) -> Any:
 def _llama(c: Shape) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    sizes: dict[str, Any] = dict(
-        hidden_size=c.hidden, intermediate_size=c.ffn, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv,
-        vocab_size=c.vocab, max_position_embeddings=c.seq, use_cache=False, tie_word_embeddings=False, rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": c.theta},
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "hidden_size": c.hidden, "intermediate_size": c.ffn, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv, "vocab_size": c.vocab, "max_position_embeddings": c.seq, "use_cache": False,
+        "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": c.theta},
+    }  # fmt: skip
     if not c.experts:
         return LlamaForCausalLM(_sdpa(LlamaConfig(**sizes)))
-    experts = dict(num_local_experts=c.experts, num_experts_per_tok=c.topk, output_router_logits=True, sliding_window=None)
-    config = _sdpa(MixtralConfig(**experts, **sizes))
+    sizes |= {"num_local_experts": c.experts, "num_experts_per_tok": c.topk, "output_router_logits": True, "sliding_window": None}
+    config = _sdpa(MixtralConfig(**sizes))
     config._experts_implementation = "grouped_mm"
     return MixtralForCausalLM(config)
 

@@ -102,7 +102,7 @@ class Trial:
         self.a, self.work, self.ranks, self.device = a, work, ranks, ranks.device
         self.model, self.dtype = a.model or work.models[0], getattr(torch, a.dtype)
         self.comm = Comm(ranks.device)
-        self.batch = work.batch(0, self.device, self.dtype)
+        self.batch: dict[str, Any] = work.batch(0, self.device, self.dtype)
 
     def candidates(self) -> list[Candidate]:
         found: list[Candidate] = []
@@ -229,7 +229,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--model", choices=["plain", "hf"], help="default: the work's first")
     p.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     p.add_argument("--ranks", type=int, help="processes (default: the work's)")
-    p.add_argument("--plan", action="append", default=[], metavar="MESH [x COUNT]", help="a plan to try, as 'dp=2 tp=2 x 4'; again for more")
+    p.add_argument(
+        "--plan", action="append", default=[], metavar="MESH [x COUNT]", help="a plan to try, as 'dp=2 tp=2 x 4'; again for more"
+    )
     p.add_argument("--top", type=int, help="the planner's best so many (default: 4, if no --plan is given)")
     p.add_argument("--pins", type=json.loads, default={}, help="decisions to hold fixed, as JSON")
     p.add_argument("--cluster", help="what to plan for: a file or a catalogue name (default: this machine)")

@@ -8,7 +8,7 @@ A step is forward, backward, fused AdamW and zero_grad. `--impl` names implement
 ours and the work's own peers. The first stays; each of the others runs its first steps (losses, peak memory, compile time), is timed alone,
 then in turns with the first if both fit into memory, and is let go. Ratios are of times taken in turns. What is missing here or fails is
 reported, and the others go on. FLOPs are the model's, attention counted causally; the floor (`ceilings`) is measured in the same run.
-Exits with 1 if losses part, or if ours ran anything that wasn't compiled; the record is written all the same, and after each implementation.
+Exits with 1 if losses part, or if ours ran anything that wasn't compiled; the record is written all the same, after each implementation.
 """
 
 from __future__ import annotations

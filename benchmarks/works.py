@@ -121,7 +121,10 @@ class Work:
         if c.family == "vit":
             side = PATCH * math.isqrt(c.seq)
             pixels = torch.randn(c.batch, 3, side, side, generator=generator)
-            return {"pixel_values": pixels.to(device, dtype), "labels": torch.randint(0, c.vocab, (c.batch,), generator=generator).to(device)}
+            return {
+                "pixel_values": pixels.to(device, dtype),
+                "labels": torch.randint(0, c.vocab, (c.batch,), generator=generator).to(device),
+            }
         ids = torch.randint(0, c.vocab, (c.batch, c.seq), generator=generator)
         labels = ids.clone()
         kept = min(LABELS, c.seq - 1) if few else c.seq if c.family != "bert" else max(1, c.seq * 15 // 100)

@@ -120,10 +120,11 @@ def _config(task: Task, recipe: str | None) -> Any:
     gated, low = c.family == "llama", task.dtype == torch.bfloat16
     options: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": recipe} if recipe else {}
     if c.experts:
-        options |= dict(
-            num_moe_experts=c.experts, moe_router_topk=c.topk, moe_grouped_gemm=True, moe_token_dispatcher_type="alltoall",
-            moe_router_load_balancing_type="aux_loss" if task.model == "hf" else "none", moe_aux_loss_coeff=COEFFICIENT, moe_permute_fusion=True, moe_ffn_hidden_size=c.ffn,
-        )  # fmt: skip
+        options |= {
+            "num_moe_experts": c.experts, "moe_router_topk": c.topk, "moe_grouped_gemm": True, "moe_token_dispatcher_type": "alltoall",
+            "moe_router_load_balancing_type": "aux_loss" if task.model == "hf" else "none", "moe_aux_loss_coeff": COEFFICIENT,
+            "moe_permute_fusion": True, "moe_ffn_hidden_size": c.ffn,
+        }  # fmt: skip
     return TransformerConfig(
         num_layers=c.layers, hidden_size=c.hidden, num_attention_heads=c.heads, num_query_groups=c.kv, ffn_hidden_size=c.ffn, bf16=low,
         params_dtype=task.dtype, pipeline_dtype=task.dtype, normalization="RMSNorm" if gated else "LayerNorm", gated_linear_unit=gated,

@@ -31,7 +31,7 @@ def _make(task: Task, masters: bool) -> Made:
     model.to("meta")  # the shards are copies, and the whole weights aren't needed again
     optimizer = sharded.optimizer(torch.optim.AdamW, masters=masters, **adamw(task.device))
 
-    def step(batch: dict[str, Tensor]) -> Tensor:
+    def step(batch: dict[str, Any]) -> Tensor:
         loss = sharded.train_step(**batch)
         optimizer.step()
         optimizer.zero_grad()

@@ -96,23 +96,25 @@ def _part(whole: Tensor, cut: str, rank: int, size: int) -> Tensor:
 def take(state: Mapping[str, Tensor], model: str, c: Shape) -> Weights:
     """The weights of a plain or Hugging Face model of that shape, as Megatron-Core has them."""
     names = PLAIN if model == "plain" else {"llama": LLAMA, "gpt2": GPT2}[c.family]
-    found = {role: state[names[role]] for role in ("embedding", "positions", "head") if role in names}
+    found: Weights = {role: state[names[role]] for role in ("embedding", "positions", "head") if role in names}
     pairs = _Pairs(state, names, transposed=c.family == "gpt2")
     found |= pairs("final", "final")
     for i in range(c.layers):
         found |= pairs(f"{i}.norm1", "norm1", i) | pairs(f"{i}.norm2", "norm2", i) | pairs(f"{i}.proj", "proj", i)
         if "qkv" in names:
-            found |= {k: _by_group(*t.chunk(3), c) for k, t in pairs(f"{i}.qkv", "qkv", i).items()}
+            for name, fused in pairs(f"{i}.qkv", "qkv", i).items():
+                q, k, v = fused.chunk(3)
+                found[name] = _by_group(q, k, v, c)
         else:
-            q, k, v = (pairs("", role, i) for role in "qkv")
-            found |= {f"{i}.qkv{kind}": _by_group(q[kind], k[kind], v[kind], c) for kind in q}
+            qs, ks, vs = (pairs(f"{i}.qkv", role, i) for role in "qkv")
+            found |= {name: _by_group(qs[name], ks[name], vs[name], c) for name in qs}
         if c.experts:
             found |= _experts(state, names, i, c)
         elif "fc1" in names:
             found |= pairs(f"{i}.fc1", "fc1", i) | pairs(f"{i}.fc2", "down", i)
         else:
-            gate, up = pairs("", "gate", i), pairs("", "up", i)
-            found |= {f"{i}.fc1{kind}": torch.cat([gate[kind], up[kind]]) for kind in gate} | pairs(f"{i}.fc2", "down", i)
+            gate, up = (pairs(f"{i}.fc1", role, i) for role in ("gate", "up"))
+            found |= {name: torch.cat([gate[name], up[name]]) for name in gate} | pairs(f"{i}.fc2", "down", i)
     return found
 
 
