@@ -22,6 +22,7 @@ from autoshard.errors import (
     MeshError,
     NoPlanError,
     OptimizerError,
+    PinError,
     PlanFileError,
     StalePlanError,
     StateError,
@@ -96,6 +97,9 @@ def broken_plan(folder: Path) -> None:
     Plan.load(file(folder, "plan.yaml", text.replace("microbatches: 1", "microbatches: -1\nmicrobatch: 3")))
 
 
+NOTHING = {"storage": {"ones.weight": "S(0)"}, "ops": {"lineer": "I, I -> I"}}
+
+
 MISTAKES = [
     Mistake("control flow that depends on data", lambda f: capture(Decides(), kwargs=batch()), CaptureError, "data", "test_errors.py:"),
     Mistake("leaves torch", lambda f: capture(Numpy(), kwargs=batch()), CaptureError, "", "test_errors.py:"),
@@ -105,7 +109,9 @@ MISTAKES = [
     Mistake("a mesh that isn't one", lambda f: autoshard.parallelize(Small(), "dp=two", kwargs=batch()), MeshError, "dp=two"),
     Mistake("an unknown cluster", lambda f: autoshard.Cluster.load("h100y4"), ClusterFileError, "h100y4"),
     Mistake("a plan that doesn't fit", lambda f: search(graph(), None, {"dp": 1}, memory=1000), NoPlanError, "memory|fits|needs"),
-    Mistake("a pin of nothing", lambda f: search(graph(), None, {"dp": 1}, pins={"scedule": "gpipe"}), AutoshardError, "scedule"),
+    Mistake("a pin of nothing", lambda f: search(graph(), None, {"dp": 1}, pins={"scedule": "gpipe"}), PinError, "did you mean schedule"),
+    Mistake("pins of nothing", lambda f: search(graph(), None, {"dp": 1}, pins=NOTHING), PinError, "(?s)2 pins .* mean one.weight.* mean linear"),
+    Mistake("a cluster without its x", lambda f: autoshard.Cluster.load("cpu4"), ClusterFileError, "did you mean cpux4"),
     Mistake("a stale plan", stale, StalePlanError, "another graph|was made for"),
     Mistake("a broken plan file", broken_plan, PlanFileError, r"(?s)plan\.yaml:\d+:1: unknown key.*plan\.yaml:\d+:15", hint=False),
     Mistake("a file that is no plan", lambda f: Plan.load(file(f, "p.yaml", "[1, 2")), PlanFileError, r"p\.yaml:\d+:\d+", hint=False),

@@ -21,6 +21,7 @@ from ..trace.blocks import Block, find_blocks
 from ..trace.graph import Graph
 from . import merge, schedules
 from .cluster import Cluster
+from .costs import collective
 from .estimate import BlockCosts, block_costs
 from .fold import Folded, fold
 from .footprint import Footprint, shard_storage
@@ -107,6 +108,16 @@ class Open:
     refused: Refused | None = None
 
 
+@dataclass
+class Alone:
+    """One microbatch on one device: its blocks' costs, the bytes that each block takes from others, and which block each of the whole model
+    is like."""
+
+    costs: BlockCosts
+    taken: list[float]
+    like: list[int]
+
+
 class Candidates:
     """All candidates of one graph on one cluster; what they share is computed once."""
 
@@ -117,7 +128,7 @@ class Candidates:
         self.graph, self.cluster, self.pins, self.limit, self.seed, self.pinned = graph, cluster, pins, limit, seed, pinned
         self.folded = fold(graph) if folding else Folded(prune(graph))
         self.splits: dict[int, TimeSplit | NotSplittable] = {}
-        self.alone: dict[int, tuple[BlockCosts, list[int]]] = {}
+        self.alone: dict[int, Alone] = {}
         self.flops = 3 * sum(flops(op, graph.values) for op in graph.ops)
         self.small = min(0.002 * sum(v.tensor.bytes for v in graph.sources("param")), 2.0**20)
         self.schedule = str(pins.get("schedule", "1f1b"))
@@ -152,8 +163,8 @@ class Candidates:
     def floor(self, mesh: Mesh, count: int) -> Bound:
         """What no placements can beat: all work and all that is kept, divided evenly over every rank, and nothing sent but for the bubble.
         Raises Refused where even that is too large."""
-        costs, like = self._alone(count)
-        pp, tp = mesh.size("pp"), mesh.size("tp")
+        alone = self._alone(count)
+        costs, like, pp, tp = alone.costs, alone.like, mesh.size("pp"), mesh.size("tp")
         inner = mesh.size("dp") * tp
         loop = float(costs.compute[like].sum()) * count / inner
         bound = Bound(count, loop, loop)
@@ -169,17 +180,26 @@ class Candidates:
             raise self._too_large(least, "at least ")
         return bound
 
-    def _alone(self, count: int) -> tuple[BlockCosts, list[int]]:
-        """Costs of the blocks of one microbatch on one device."""
+    def guess(self, mesh: Mesh, count: int) -> float:
+        """Seconds a step that `floor` and a usual amount of communication take: what a block takes from others is gathered and scattered
+        over tp, there and back. Only decides what is looked at first."""
+        alone, pp, tp = self._alone(count), mesh.size("pp"), mesh.size("tp")
+        each = [4.0 * float(collective.seconds(self.cluster, "all_gather", size / mesh.size("dp"), tp)) for size in alone.taken]
+        compute = alone.costs.compute / (mesh.size("dp") * tp)
+        loop = sum(float(compute[j]) + each[j] for j in alone.like) * count
+        return Bound(count, loop, loop).step(pp, count)
+
+    def _alone(self, count: int) -> Alone:
         if count not in self.alone:
             split = self._split(count)
             blocks = find_blocks(split.graph, split.once | split.data)
             space = Space(split, (1, 1), weight=self.folded.weight)
-            only = Placements(
-                {**space.fixed, **{n: d[0] for n, d in space.domains.items()}}, {n: d[0] for n, d in space.storage.items()}, {}
-            )
+            ops = {n: d[0] for n, d in space.domains.items()}
+            only = Placements({**space.fixed, **ops}, {n: d[0] for n, d in space.storage.items()}, {})
             costs = self._costs(space, blocks, only, Prices(self.cluster, Mesh.of({}), count))
-            self.alone[count] = costs, self.folded.like(len(blocks))
+            chain = Chain.of(split, blocks, self.folded, _held(space, only), space.sizes)
+            taken = {j: sum(value.bytes for _, value in takes) for j, takes in zip(chain.like, chain.takes, strict=True)}
+            self.alone[count] = Alone(costs, [taken[j] for j in range(len(blocks))], chain.like)
         return self.alone[count]
 
     def _split(self, count: int) -> TimeSplit:

@@ -13,6 +13,7 @@ cpux4: 4 × cpu (3.7 GiB), host 4 @ 1.5 GB/s
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -153,8 +154,9 @@ class Cluster:
         except (OSError, UnicodeDecodeError, ValueError) as problem:
             if isinstance(problem, ClusterFileError):
                 raise
+            meant = _meant(text)
             raise ClusterFileError(
-                f"can't read a cluster from {text!r}: {problem}",
+                f"can't read a cluster from {text!r}: {problem}" if meant is None else f"no cluster {text!r}; did you mean {meant}?",
                 hint=f"give a YAML file, or one of {', '.join(catalogue())} with a count: h100x8",
             ) from problem
 
@@ -187,10 +189,26 @@ def catalogue() -> list[str]:
     return sorted(path.stem for path in CATALOGUE.glob("*.yaml"))
 
 
+def _meant(text: str) -> str | None:
+    """A name of the catalogue with a count, written otherwise: what it should be.
+
+    >>> _meant("cpu4"), _meant("h100-8"), _meant("8xH100"), _meant("cluster.yaml")
+    ('cpux4', 'h100x8', 'h100x8', None)
+    """
+    plain = re.sub(r"[^a-z0-9]", "", text.strip().lower())
+    for name in catalogue():
+        found = re.fullmatch(rf"{name}(?:x|gpus?|ranks?)?([0-9]{{1,7}})|([0-9]{{1,7}})(?:x|gpus?|ranks?)?{name}", plain, re.ASCII)
+        if found and int(found[1] or found[2]) and len(Path(text).parts) == 1:
+            return f"{name}x{int(found[1] or found[2])}"
+    return None
+
+
 def _from_catalogue(name: str, count: str) -> Cluster:
     if name not in catalogue():
+        near = difflib.get_close_matches(name, catalogue(), n=1)
+        also = f"; did you mean {near[0]}x{int(count)}?" if near else ""
         raise ClusterFileError(
-            f"no cluster {name!r} in the catalogue", hint=f"expected a YAML file, or one of {', '.join(catalogue())} with a count"
+            f"no cluster {name!r} in the catalogue{also}", hint=f"expected a YAML file, or one of {', '.join(catalogue())} with a count"
         )
     if not 1 <= int(count) <= MAX_RANKS:
         raise ClusterFileError(f"a cluster of {count} ranks", hint=f"expected 1 to {MAX_RANKS}")

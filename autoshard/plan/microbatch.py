@@ -98,6 +98,7 @@ class _Splitter:
         self.prologue: list[Op] = []
         self.lazy: dict[str, Op] = {}  # random masks and broadcasts whose time type their user decides
         self.derived: dict[tuple[str, Type], str] = {}
+        self.choices: dict[object, Strategy] = {}
 
     def run(self) -> TimeSplit:
         for v in self.old.sources("param", "buffer", "constant", "input"):
@@ -151,7 +152,11 @@ class _Splitter:
         if op.name in self.data and all(t == R for t in known):
             self._once(op)
             return
-        choice = self._choose(op, types)
+        # layers that are alike are cut alike
+        key = (alike(op, self.old.values), *types, *(self._hoistable(n) for n in ins))
+        if key not in self.choices:
+            self.choices[key] = self._choose(op, types)
+        choice = self.choices[key]
         args = dict(zip(ins, ins, strict=True))
         renamed: list[str] = []
         for name, t in zip(ins, choice.ins, strict=True):
@@ -194,10 +199,13 @@ class _Splitter:
             return 0 if want.kind == "S" else 1 if want == R else None
         if have == R:
             return {"S": 2, "P": 3}[want.kind]
-        hoistable = name not in self.producer or self.producer[name].name in self.data
+        hoistable = self._hoistable(name)
         if self.old.values[name].role == "input" and hoistable and want.kind != "P":
             return 10
         return 10 if hoistable and want.kind != "P" else None
+
+    def _hoistable(self, name: str) -> bool:
+        return name not in self.producer or self.producer[name].name in self.data
 
     def _convert(self, name: str, want: Type) -> str:
         """The value in type `want`, under the name that holds it."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import math
 
-from ..layout import Layout, Type, legal, local_shape, transition
-from ..trace.graph import ITEMSIZE, Tensor, Value
+from ..layout import Layout, Type, legal, local_shape, segments, transition
+from ..trace.graph import ITEMSIZE, Tensor
 
 _ORDER = {"slice": 0, "reduce_scatter": 1, "mask": 2, "nothing": 2, "all_to_all": 3, "all_reduce": 4, "embed": 5, "all_gather": 6}
 
@@ -34,15 +34,28 @@ def path(v_shape: tuple[int, ...], a: Layout, b: Layout, sizes: tuple[int, ...])
     return None
 
 
-def reachable(v: Value, a: Layout, b: Layout, sizes: tuple[int, ...]) -> bool:
+def reachable(tensor: Tensor, grad: bool, a: Layout, b: Layout, sizes: tuple[int, ...]) -> bool:
     """Whether a value may go from a to b: every step exists, forward and for the gradient."""
-    if v.grad and any(t.kind == "P" and t.reduce == "max" for t in (*a, *b)):
+    if grad and any(t.kind == "P" and t.reduce == "max" for t in (*a, *b)):
         return False
-    return path(v.tensor.shape, a, b, sizes) is not None
+    return path(tensor.shape, a, b, sizes) is not None
 
 
 def numel(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> int:
-    return math.prod(local_shape(tensor.shape, layout, sizes, (0,) * len(sizes)))
+    """Elements of the rank at the origin, which holds most."""
+    return _numel(tensor.shape, layout, sizes)
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _numel(shape: tuple[int, ...], layout: Layout, sizes: tuple[int, ...]) -> int:
+    cut = [(t, k) for t, k in zip(layout, sizes, strict=True) if t.kind == "S" and k > 1]
+    dims = [t.dim for t, _ in cut]
+    if len(set(dims)) < len(dims):  # two axes on one dim
+        return math.prod(local_shape(shape, layout, sizes, (0,) * len(sizes)))
+    total = math.prod(n for d, n in enumerate(shape) if d not in dims)
+    for t, k in cut:
+        total *= sum(outer * -(-size // k) * inner for outer, size, inner in segments(t.cut, shape[t.dim]))
+    return total
 
 
 def local_bytes(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> int:

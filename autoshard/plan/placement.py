@@ -19,7 +19,7 @@ from ..trace.blocks import Block
 from ..trace.graph import Graph, Op, Tensor, Value
 from ..trace.ops.rule import Rule
 from .footprint import Footprint, param_bytes
-from .moves import local_bytes, reachable
+from .moves import local_bytes
 from .solve import Problem
 from .space import Pair, Placements, Space
 
@@ -321,18 +321,16 @@ class _Tables:
         v = self.graph.values[name]
         (rows, row_of), (columns, column_of) = have, want
         known = self.memo.setdefault((v.tensor, v.grad), {})
-        small = np.array(
-            [[0.0 if a == b else known[a, b] if (a, b) in known else self._price(v, a, b, known) for b in columns] for a in rows]
-        )
+        move, sizes = self.prices.move, self.space.sizes
+        small = np.empty((len(rows), len(columns)))
+        for i, a in enumerate(rows):
+            for j, b in enumerate(columns):
+                found = 0.0 if a is b or a == b else known.get((a, b))
+                small[i, j] = known[a, b] = move(v.tensor, a, b, sizes, v.grad) if found is None else found
         full = small[[i for (i,) in row_of]]
         if all(len(w) == 1 for w in column_of):
             return full[:, [i for (i,) in column_of]]
         return np.stack([full[:, list(w)].sum(axis=1) for w in column_of], axis=1)
-
-    def _price(self, v: Value, a: Layout, b: Layout, known: dict[tuple[Layout, Layout], float]) -> float:
-        there = reachable(v, a, b, self.space.sizes)
-        known[a, b] = self.prices.move(v.tensor, a, b, self.space.sizes, v.grad) if there else float("inf")
-        return known[a, b]
 
 
 def _distinct(layouts: Sequence[Layout]) -> Side:

@@ -5,22 +5,21 @@ The planner's only way to the cost model (`costs/`); one instance serves one clu
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..layout import Layout, Type, gradient, local_shape, transition
+from ..layout import Layout, Type, gradient, legal, local_shape, transition
 from ..mesh import Mesh
 from ..trace.blocks import is_heavy
-from ..trace.graph import ITEMSIZE, Graph, Op, Tensor, Value
+from ..trace.graph import Graph, Op, Tensor, Value
 from ..trace.ops.rule import Rule, Strategy
 from .cluster import Cluster
 from .costs import collective
 from .costs.compute import matmul_seconds, memory_seconds, op_seconds
 from .merge import Placed
-from .moves import path
+from .moves import local_bytes, numel, path, reachable
 from .space import AXES, Pair
 
 OPTIMIZER_BYTES = 28
@@ -62,7 +61,7 @@ class Prices:
     def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int, divide: bool = False) -> None:
         self.cluster, self.mesh, self.per_step, self.divide = cluster, mesh, 1.0 / microbatches, divide
         self.device = cluster.device
-        self.memo: dict[object, float] = {}
+        self.movers: dict[tuple[Tensor, tuple[int, ...], bool], _Mover] = {}
         self.wires: dict[tuple[str, float, int], float] = {}
         self.unary: dict[int, tuple[Sequence[Pair], dict[object, np.ndarray]]] = {}
 
@@ -86,9 +85,9 @@ class Prices:
     ) -> float:
         held = 0.0
         for i, v in enumerate(operands):
-            held += _local_bytes(v.tensor, tuple([s.ins[i] for s in pair]), sizes)
+            held += local_bytes(v.tensor, tuple([s.ins[i] for s in pair]), sizes)
         for i, v in enumerate(outs):
-            held += _local_bytes(v.tensor, tuple([s.outs[i] for s in pair]), sizes)
+            held += local_bytes(v.tensor, tuple([s.outs[i] for s in pair]), sizes)
         grad = any(v.grad for v in outs)
         if heavy and work:
             share = 1.0
@@ -108,8 +107,8 @@ class Prices:
         (tensor, layout, wanted), (weight, _, trained) = x, weights[0]
         size, bandwidth = ITEMSIZE[tensor.dtype], self.device.memory_bandwidth
         k = local_shape(tensor.shape, layout, sizes, (0,) * len(sizes))[-1]
-        m = _local_numel(tensor, layout, sizes) // max(k, 1)
-        rows = [_local_numel(w, use, sizes) // max(k, 1) for w, use, _ in weights]
+        m = numel(tensor, layout, sizes) // max(k, 1)
+        rows = [numel(w, use, sizes) // max(k, 1) for w, use, _ in weights]
 
         def three(n: int) -> float:
             seconds = matmul_seconds(self.device, m, n, k, dtype=weight.dtype)
@@ -122,25 +121,13 @@ class Prices:
         return saved - (copies + once) / bandwidth
 
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
-        """A transition and its gradient's, axis by axis."""
-        key = (tensor, a, b, grad)
-        if key in self.memo:
-            return self.memo[key]
-        steps = path(tensor.shape, a, b, sizes)
-        assert steps is not None
-        total, layout = 0.0, list(a)
-        for axis, have, want in steps:
-            others = [i for i in range(len(sizes)) if i != axis]
-            full = _local_bytes(tensor, tuple([layout[i] for i in others]), tuple([sizes[i] for i in others]))
-            total += self._wire(transition(have, want), full, axis, have, want)
-            if grad:
-                back, forth = gradient(want), gradient(have)
-                total += self._wire(transition(back, forth), full, axis, back, forth)
-            layout[axis] = want
-        self.memo[key] = total
-        return total
+        """A transition and its gradient's, axis by axis; infinite where there is no way."""
+        mover = self.movers.get((tensor, sizes, grad))
+        if mover is None:
+            mover = self.movers[tensor, sizes, grad] = _Mover(self, tensor, sizes, grad)
+        return mover.price(a, b)
 
-    def _wire(self, kind: str, full: float, axis: int, a: Type, b: Type) -> float:
+    def wire(self, kind: str, full: float, axis: int, a: Type, b: Type) -> float:
         if kind == "nothing":
             return 0.0
         if kind in ("slice", "embed", "mask"):
@@ -157,7 +144,7 @@ class Prices:
     def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray:
         """The optimizer's pass over what is stored."""
         each = OPTIMIZER_BYTES if trainable else 0
-        held = np.array([_local_numel(tensor, c, sizes) for c in choices], dtype=float)
+        held = np.array([numel(tensor, c, sizes) for c in choices], dtype=float)
         seconds = np.asarray(memory_seconds(self.cluster.device, held * each))
         if self.divide and sizes[-1] > 1:
             seconds = seconds + DIVIDE / self.per_step * np.asarray(memory_seconds(self.cluster.device, held * OPTIMIZER_BYTES))
@@ -173,21 +160,64 @@ class Prices:
         return float(collective.seconds(self.cluster, "send", bytes, self.mesh.size("pp"), self.mesh.stride("pp")))
 
 
+class _Mover:
+    """Prices of all moves of one tensor. A way is made of steps along one axis, which many ways share."""
+
+    def __init__(self, prices: Prices, tensor: Tensor, sizes: tuple[int, ...], grad: bool) -> None:
+        self.prices, self.tensor, self.sizes, self.grad = prices, tensor, sizes, grad
+        self.steps: dict[tuple[int, Layout, Type], float] = {}
+        self.known: dict[tuple[Layout, Layout], float] = {}
+        self.apart = [i for i, n in enumerate(sizes) if n > 1]
+
+    def price(self, a: Layout, b: Layout) -> float:
+        key = (a, b)
+        found = self.known.get(key)
+        if found is None:
+            found = self.known[key] = self._price(a, b)
+        return found
+
+    def _price(self, a: Layout, b: Layout) -> float:
+        differ = [i for i in self.apart if a[i] != b[i]]
+        order: Sequence[int]
+        if len(differ) == 1 and legal(self.tensor.shape, b, self.sizes):
+            order = differ
+        else:
+            way = path(self.tensor.shape, a, b, self.sizes)
+            if way is None:
+                return math.inf
+            order = [axis for axis, _, _ in way]
+        total, layout = 0.0, a
+        for axis in order:
+            step = (axis, layout, b[axis])
+            if step not in self.steps:
+                self.steps[step] = self._step(*step)
+            total += self.steps[step]
+            layout = (*layout[:axis], b[axis], *layout[axis + 1 :])
+        return total
+
+    def _step(self, axis: int, layout: Layout, want: Type) -> float:
+        have = layout[axis]
+        if self.grad and (want.reduce == "max" or have.reduce == "max"):
+            return math.inf
+        try:
+            kind = transition(have, want)
+        except KeyError:
+            return math.inf
+        others = [i for i in range(len(self.sizes)) if i != axis]
+        full = local_bytes(self.tensor, tuple([layout[i] for i in others]), tuple([self.sizes[i] for i in others]))
+        total = self.prices.wire(kind, full, axis, have, want)
+        if self.grad:
+            back, forth = gradient(want), gradient(have)
+            total += self.prices.wire(transition(back, forth), full, axis, back, forth)
+        return total
+
+
 def _largest_share(strategy: Strategy, operands: Sequence[Value], outs: Sequence[Value], k: int) -> float:
     for v, t in [*zip(outs, strategy.outs, strict=True), *zip(operands, strategy.ins, strict=True)]:
         if t.kind == "S":
             n = v.tensor.shape[t.dim]
             return local_shape(v.tensor.shape, (t,), (k,), (0,))[t.dim] / n if n else 1.0
     return 1.0
-
-
-@functools.lru_cache(maxsize=1 << 18)
-def _local_numel(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> int:
-    return math.prod(local_shape(tensor.shape, layout, sizes, (0,) * len(sizes)))
-
-
-def _local_bytes(tensor: Tensor, layout: Layout, sizes: tuple[int, ...]) -> float:
-    return _local_numel(tensor, layout, sizes) * ITEMSIZE[tensor.dtype]
 
 
 class RandomPrices:
@@ -203,7 +233,8 @@ class RandomPrices:
         return self.random.random(len(choices))
 
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
-        return float(self.random.random() * 0.3)
+        drawn = float(self.random.random() * 0.3)
+        return drawn if reachable(tensor, grad, a, b, sizes) else math.inf
 
     def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray:
         return self.random.random(len(choices))

@@ -125,7 +125,8 @@ class _Race:
     """Candidates in the order of their lower bounds, until none can win.
 
     Of each mesh the finest count is settled first: if that doesn't fit however it is placed, no other does (a microbatch holds less, and
-    no more of them are in flight than there are stages). Then the coarsest is solved, which bounds the time of all others.
+    no more of them are in flight than there are stages). Then the coarsest is solved, which bounds the time of all others; of a mesh that
+    is unlikely to win, that comes first.
     """
 
     def __init__(
@@ -141,47 +142,56 @@ class _Race:
         self.best = math.inf
 
     def run(self) -> Plan:
-        queue = [(bound, m, count) for m in range(len(self.meshes)) for count, bound in self.floors(m).items()]
+        queue = [(self.priority(m, count), m, count) for m in range(len(self.meshes)) for count in self.floors(m)]
         heapq.heapify(queue)
+        left = []
         while queue:
-            bound, m, count = heapq.heappop(queue)
+            before, m, count = heapq.heappop(queue)
             if count <= self.too_large[m] or self.open.get((m, count), 1) is None:
                 continue
-            now = self.bound(m, count)
-            if now > bound:  # bounds rise as more is known
+            now = self.priority(m, count)
+            if self.bound(m, count) > self.best:
+                left.append((m, count))
+            elif now > before:
                 heapq.heappush(queue, (now, m, count))
-                continue
-            if bound > self.best:
-                queue.append((bound, m, count))
-                break
-            first = self.first(m, count)
-            self.settle(m, first) if self.open.get((m, first)) else self.attempt(m, first)
-            heapq.heappush(queue, (now, m, count))
-        return self.result([entry for entry in queue if entry[2] > self.too_large[entry[1]]])
+            else:
+                first = self.first(m, count)
+                self.settle(m, first) if self.open.get((m, first)) else self.attempt(m, first)
+                heapq.heappush(queue, (now, m, count))
+        return self.result([(m, count) for m, count in left if count > self.too_large[m]])
 
-    def floors(self, m: int) -> dict[int, float]:
-        """Counts that may fit, and what a step of each can't be shorter than."""
+    def priority(self, m: int, count: int) -> float:
+        """Seconds a step that this candidate is likely to take."""
+        opened = self.open.get((m, count))
+        guess = 0.0 if opened is not None else self.candidates.guess(self.meshes[m], count)
+        return max(guess, self.bound(m, count))
+
+    def floors(self, m: int) -> list[int]:
+        """Counts that may fit; what a step of each can't be shorter than is noted."""
         shape = self.meshes[m]
-        found: dict[int, float] = {}
+        found: list[int] = []
         for count in reversed(self.tries[m][0]):
             try:
-                bound = self.candidates.floor(shape, count)
+                self.bounds[m].append(self.candidates.floor(shape, count))
             except Refused as error:
                 # nor does a coarser count fit
                 self.too_large[m] = count
                 if not found:
                     self.lose(m, count, error.reason, error.facts)
                 break
-            self.bounds[m].append(bound)
-            found[count] = bound.step(shape.size("pp"), count)
+            found.append(count)
         return found
 
     def first(self, m: int, count: int) -> int:
         """What has to be settled before this count is looked at: it, or one that says more about the mesh."""
         counts = [c for c in self.tries[m][0] if c > self.too_large[m]]
-        if self.open.get((m, counts[-1]), 1) is not None:
-            return counts[-1]
-        return counts[0] if (m, counts[0]) not in self.open else count
+        coarsest, finest = counts[0], counts[-1]
+        if (m, finest) not in self.open:
+            unlikely = self.candidates.guess(self.meshes[m], finest) > self.best and (m, coarsest) not in self.open
+            return coarsest if unlikely else finest
+        if self.open[m, finest] is not None and self.bound(m, finest) <= self.best:
+            return finest
+        return coarsest if (m, coarsest) not in self.open else count
 
     def bound(self, m: int, count: int) -> float:
         """Seconds that a step can't be shorter than: by the work of a coarser count, or by all work evenly divided."""
@@ -233,7 +243,7 @@ class _Race:
     def tell(self, what: str) -> None:
         self.progress(what + (f", best so far {self.best:.4g} s a step" if self.best < math.inf else ""))
 
-    def result(self, left: Sequence[tuple[float, int, int]]) -> Plan:
+    def result(self, left: Sequence[tuple[int, int]]) -> Plan:
         self.lost.sort(key=lambda row: row.get("missing_bytes", math.inf))
         if not self.found:
             raise self.nothing()
@@ -249,9 +259,8 @@ class _Race:
             for t, _, _, f in self.found if f is not winner
         ]  # fmt: skip
         unsolved: dict[int, tuple[float, int]] = {}
-        for bound, at, count in left:
-            if (at, count) not in self.open or self.open[at, count] is not None:
-                unsolved[at] = min(unsolved.get(at, (math.inf, 0)), (max(bound, self.bound(at, count)), count))
+        for at, count in left:
+            unsolved[at] = min(unsolved.get(at, (math.inf, 0)), (self.bound(at, count), count))
         bounded = [
             {"mesh": str(self.meshes[at]), "microbatches": count, "at_least_seconds": bound,
              "reason": f"at least {100 * (bound / best - 1):.1f} % slower, so not solved", "fits": None}

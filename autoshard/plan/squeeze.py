@@ -9,11 +9,11 @@ difference in seconds. (Bytes are those of `footprint`, an estimate that is addi
 
 >>> from collections import namedtuple
 >>> Placed = namedtuple("Placed", "name seconds")
->>> hull = {"fast": (1.0, 9.0), "middle": (2.0, 4.0), "small": (5.0, 3.0), "above": (4.5, 8.0)}
+>>> hull = {"fast": (1.0, 9e9), "middle": (2.0, 4e9), "small": (5.0, 3e9), "above": (4.5, 8e9)}
 >>> def solve(price):
 ...     name = min(hull, key=lambda n: hull[n][0] + price * hull[n][1])
 ...     return Placed(name, hull[name][0]), hull[name][1]
->>> found = walk(solve, lambda placed: placed.name if hull[placed.name][1] <= 5 else None)
+>>> found = walk(solve, lambda placed: placed.name if hull[placed.name][1] <= 5e9 else None)
 >>> found.value, round(found.gap, 3)
 ('middle', 1.0)
 """

@@ -43,6 +43,14 @@ def test_catalogue_names_and_comments() -> None:
             assert not constant or "#" in line, f"{name}: no source beside {line}"
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [("cpu4", "cpux4"), ("h100-8", "h100x8"), ("8xH100", "h100x8"), ("h1008", "h100x8"), ("h10x8", "h100x8")]
+)
+def test_a_name_that_is_nearly_one(written: str, meant: str) -> None:
+    with pytest.raises(ClusterFileError, match=f"did you mean {meant}\\?"):
+        Cluster.load(written)
+
+
 def test_local() -> None:
     two, one = Cluster.local(2), Cluster.local(1)
     assert two.ranks == 2 and two.device.kind == "cpu"
