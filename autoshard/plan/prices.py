@@ -205,6 +205,9 @@ class RandomPrices:
     def op(self, op: Op, rule: Rule, graph: Graph, choices: Sequence[Pair], sizes: tuple[int, ...]) -> np.ndarray:
         return self.random.random(len(choices))
 
+    def merging(self, x: Placed, weights: Sequence[Placed], copied: float, gathered: bool, sizes: tuple[int, ...]) -> float:
+        return float(self.random.random() - 0.25)
+
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
         return float(self.random.random() * 0.3)
 

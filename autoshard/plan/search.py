@@ -326,35 +326,11 @@ class _Search:
         if isinstance(prices, Prices):
             honest = inner.prices = Prices(self.cluster, mesh, count)
             inner.short = block_costs(space, blocks, placed, honest)
-            self._save(inner)
+            merge.credit(inner.short.compute, split.graph, blocks, placed, honest, space.sizes, self.pins.get("merge"))
             inner.costs = inner.short.spread(chain.like)
         else:
             inner.costs = BlockCosts.random(prices.random.random(len(blocks)))
         return inner
-
-    def _merges(self, graph: Graph, blocks: Sequence[Block], placed: Placements, inner: _Inner) -> tuple[list[merge.Group], merge.Merges]:
-        """The linears to merge, and all that may be or may not."""
-        sizes, prices, consumers = inner.space.sizes, inner.prices, graph.consumers()
-        found = merge.mergeable(graph, blocks, placed.ops, placed.storage, sizes)
-        rng = np.random.default_rng(self.seed)
-
-        def pays(linears: Sequence[Op]) -> bool:
-            if isinstance(prices, RandomPrices):
-                return bool(rng.integers(4))
-            return merge.saving(graph, linears, placed.ops, placed.storage, prices, sizes, consumers) > 0
-
-        return merge.choose(found, graph, self.pins.get("merge"), pays), found
-
-    def _save(self, inner: _Inner) -> None:
-        """Take what merged linears save from the blocks' seconds."""
-        graph, prices = inner.split.graph, inner.prices
-        assert isinstance(prices, Prices) and inner.short is not None
-        home = {name: i for i, block in enumerate(inner.blocks) for name in block.ops}
-        ops, consumers = {op.name: op for op in graph.ops}, graph.consumers()
-        for group in self._merges(graph, inner.blocks, inner.placed, inner)[0]:
-            linears = [ops[name] for name in group]
-            saved = merge.saving(graph, linears, inner.placed.ops, inner.placed.storage, prices, inner.space.sizes, consumers)
-            inner.short.compute[home[group[0]]] -= saved
 
     def _pin(self, space: Space) -> None:
         for path, text in dict(self.pins.get("storage", {})).items():
@@ -496,13 +472,13 @@ class _Search:
         if inner.short is not None:
             times = np.bincount(np.asarray(inner.chain.like), minlength=len(inner.blocks))
             found.predicted["kinds"] = kinds(inner.space, inner.blocks, inner.placed, inner.short, times.tolist())
-        groups, merges = self._merges(split.graph, blocks, placed, inner)
+        groups, apart = merge.decide(split.graph, blocks, placed, inner.prices, inner.space.sizes, self.pins.get("merge"))
         size = int(self.pins.get("buckets", buckets.BUCKET))
         starts = buckets.starts(split.graph, blocks, found.cuts, placed.ops, placed.storage, inner.space.sizes, size)
         return Plan(
             self.fingerprint, mesh, found.count, found.schedule, found.cuts, placed.ops, placed.storage, placed.inputs, lists,
             groups, size, starts, found.predicted,
-            [*split.graph.notes, *_unruled(split, placed, inner.prices, inner.space.sizes), *merges.notes],
+            [*split.graph.notes, *_unruled(split, placed, inner.prices, inner.space.sizes), *apart],
         )  # fmt: skip
 
 
