@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ from rich.text import Text
 
 from ..layout import local_shape
 from ..plan.cluster import Cluster
+from ..plan.merge import weights
 from ..plan.microbatch import split_time
 from ..plan.plan import Plan
 from ..report import bytes_text, seconds_text
@@ -136,6 +138,12 @@ class View:
             line.path = pattern(p.path) if line.count > 1 else p.path
         return list(found.values())
 
+    @cached_property
+    def merged(self) -> dict[str, int]:
+        """Weights that are one in a matmul → how often, those that are alike as one."""
+        graph = split_time(self.graph, self.plan.microbatches).graph
+        return dict(Counter(", ".join(map(pattern, group)) for group in weights(self.plan.merge, graph)))
+
     @property
     def memory(self) -> list[float]:
         found = self.plan.predicted.get("memory_bytes", [])
@@ -156,6 +164,9 @@ class View:
             "cuts": list(plan.cuts),
             "predicted": plan.predicted,
             "fits": all(m <= self.limit for m in self.memory),
+            "merged": [{"weights": names.split(", "), "count": count} for names, count in self.merged.items()],
+            "buckets": list(plan.buckets),
+            "bucket_bytes": plan.bucket_bytes,
             "notes": plan.notes,
             "runners_up": [{**r, "why": why_lost(plan, r)} for r in plan.runners_up],
             "blocks": [
@@ -227,6 +238,11 @@ def _summary(view: View) -> RenderableType:
             table.add_row(f"  {name.removesuffix('_seconds').removesuffix('_fraction').replace('_', ' ')}", _quantity(name, value))
     if view.memory:
         table.add_row("memory", f"{bytes_text(max(view.memory))} of {bytes_text(view.limit)} a rank")
+    for names, count in view.merged.items():
+        table.add_row("merged linears", names + (f" (×{count})" if count > 1 else ""))
+    if plan.mesh.size("dp") * plan.mesh.size("tp") > 1:
+        size = f"up to {bytes_text(plan.bucket_bytes)} together" if plan.bucket_bytes else "each parameter alone"
+        table.add_row("parameters travel", f"in {len(plan.buckets)} bucket{'s' if len(plan.buckets) > 1 else ''}, {size}")
     return table
 
 

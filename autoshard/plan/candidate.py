@@ -294,7 +294,7 @@ class Candidates:
     def _costs(self, space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices) -> BlockCosts:
         """What blocks cost, their linears merged."""
         costs = block_costs(space, blocks, placed, prices)
-        costs.compute -= merge.spared(space.split.graph, blocks, placed, space.sizes, prices, self.pins.get("merge"))
+        merge.credit(costs.compute, space.split.graph, blocks, placed, prices, space.sizes, self.pins.get("merge"))
         return costs
 
     # ---- stages and the clock -------------------------------------------------------------------------------------------

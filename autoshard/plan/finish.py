@@ -49,7 +49,7 @@ def finish(candidates: Candidates, found: Candidate) -> Plan:
         times = np.bincount(np.asarray(inner.chain.like), minlength=len(inner.blocks))
         found.predicted["kinds"] = kinds(inner.space, inner.blocks, inner.placed, inner.short, times.tolist())
     sizes, pins = inner.space.sizes, candidates.pins
-    groups, apart = merge.decide(split.graph, blocks, placed, sizes, inner.prices, pins.get("merge"))
+    groups, apart = merge.decide(split.graph, blocks, placed, inner.prices, sizes, pins.get("merge"))
     size = int(pins.get("buckets", buckets.BUCKET))
     starts = buckets.starts(split.graph, blocks, found.cuts, placed.ops, placed.storage, sizes, size)
     notes = [*split.graph.notes, *_unruled(split, placed, inner.prices, sizes), *_repeated(inner), *found.notes, *apart]

@@ -8,9 +8,11 @@ routine makes. Where neither is possible the linears stay apart, and `Merges.not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from ..errors import PlanFileError
 from ..layout import Layout, gradient, transition
@@ -130,13 +132,32 @@ def check(
         seen.update(group)
 
 
-def choose(found: Merges, graph: Graph, pin: Any, pays: Callable[[Sequence[Op]], bool]) -> list[Group]:
-    """The groups to merge. `pin`: all (True), none (False), or lists of weights' paths, of which those that may are merged."""
-    ops = {op.name: op for op in graph.ops}
+def decide(
+    graph: Graph, blocks: Sequence[Block], placed: Placements, prices: Prices, sizes: tuple[int, ...], pin: Any = None
+) -> tuple[list[Group], list[str]]:
+    """The groups to merge, and notes on those that can't be. `pin`: all (True), none (False), or lists of weights' paths, of which those
+    that may are merged; without it what saves time."""
+    found = mergeable(graph, blocks, placed.ops, placed.storage, sizes)
     if pin is None:
-        return [group for group in found.groups if pays([ops[name] for name in group])]
+        gains = savings(found.groups, graph, placed, prices, sizes)
+        return [group for group, gain in zip(found.groups, gains, strict=True) if gain > 0], found.notes
     if isinstance(pin, bool):
-        return list(found.groups) if pin else []
+        return list(found.groups) if pin else [], found.notes
+    return _named(found, graph, pin), found.notes
+
+
+def credit(
+    compute: np.ndarray, graph: Graph, blocks: Sequence[Block], placed: Placements, prices: Prices, sizes: tuple[int, ...], pin: Any = None
+) -> None:
+    """Take what merging saves from the blocks' seconds."""
+    home = {name: i for i, block in enumerate(blocks) for name in block.ops}
+    groups, _ = decide(graph, blocks, placed, prices, sizes, pin)
+    for group, gain in zip(groups, savings(groups, graph, placed, prices, sizes), strict=True):
+        compute[home[group[0]]] -= gain
+
+
+def _named(found: Merges, graph: Graph, pin: Sequence[Sequence[str]]) -> list[Group]:
+    ops = {op.name: op for op in graph.ops}
     wanted: dict[str, int] = {path: i for i, paths in enumerate(pin) for path in paths}
     chosen = []
     for group in found.groups:
@@ -159,41 +180,20 @@ class Prices(Protocol):
     def merging(self, x: Placed, weights: Sequence[Placed], copied: float, gathered: bool, sizes: tuple[int, ...]) -> float: ...
 
 
-def saving(
-    graph: Graph, linears: Sequence[Op], placed: Mapping[str, Pair], storage: Mapping[str, Layout], prices: Prices, sizes: tuple[int, ...],
-    consumers: Mapping[str, Sequence[Op]],
-) -> float:  # fmt: skip
-    """Seconds of a microbatch that merging a group saves."""
-    x = graph.values[linears[0].inputs[0]]
-    weights = [graph.values[op.inputs[1]] for op in linears]
-    uses = [used_as(op, placed) for op in linears]
-    outs = [graph.values[op.outs[0]] for op in linears]
-    slow = sum(v.tensor.numel for v in outs if copied(graph, consumers, v.name)) / max(sum(v.tensor.numel for v in outs), 1)
-    gathered = how(weights[0].tensor.shape, storage[weights[0].name], uses[0], sizes) == "gathered"
-    taken = (x.tensor, tuple(s.ins[0] for s in placed[linears[0].name]), x.grad)
-    return prices.merging(taken, [(v.tensor, use, v.grad) for v, use in zip(weights, uses, strict=True)], slow, gathered, sizes)
-
-
-def decide(
-    graph: Graph, blocks: Sequence[Block], placed: Placements, sizes: tuple[int, ...], prices: Prices, pin: Any
-) -> tuple[list[Group], list[str]]:
-    """The groups to merge, and notes on linears that share an input and can't be. `pin`: as `choose` takes it."""
-    found, consumers = mergeable(graph, blocks, placed.ops, placed.storage, sizes), graph.consumers()
-
-    def pays(linears: Sequence[Op]) -> bool:
-        return saving(graph, linears, placed.ops, placed.storage, prices, sizes, consumers) > 0
-
-    return choose(found, graph, pin, pays), found.notes
-
-
-def spared(graph: Graph, blocks: Sequence[Block], placed: Placements, sizes: tuple[int, ...], prices: Prices, pin: Any) -> list[float]:
-    """Seconds of a microbatch that merging saves, per block."""
-    found = [0.0] * len(blocks)
-    home = {name: i for i, block in enumerate(blocks) for name in block.ops}
-    ops, consumers = {op.name: op for op in graph.ops}, graph.consumers()
-    for group in decide(graph, blocks, placed, sizes, prices, pin)[0]:
+def savings(groups: Sequence[Group], graph: Graph, placed: Placements, prices: Prices, sizes: tuple[int, ...]) -> list[float]:
+    """Seconds of a microbatch that merging each group saves."""
+    ops, consumers, found = {op.name: op for op in graph.ops}, graph.consumers(), []
+    for group in groups:
         linears = [ops[name] for name in group]
-        found[home[group[0]]] += saving(graph, linears, placed.ops, placed.storage, prices, sizes, consumers)
+        x = graph.values[linears[0].inputs[0]]
+        weights, outs = (
+            [graph.values[name] for name in names] for names in zip(*((op.inputs[1], op.outs[0]) for op in linears), strict=True)
+        )
+        uses = [used_as(op, placed.ops) for op in linears]
+        slow = sum(v.tensor.numel for v in outs if copied(graph, consumers, v.name)) / max(sum(v.tensor.numel for v in outs), 1)
+        gathered = how(weights[0].tensor.shape, placed.storage[weights[0].name], uses[0], sizes) == "gathered"
+        taken = (x.tensor, tuple(s.ins[0] for s in placed.ops[group[0]]), x.grad)
+        found.append(prices.merging(taken, [(v.tensor, use, v.grad) for v, use in zip(weights, uses, strict=True)], slow, gathered, sizes))
     return found
 
 

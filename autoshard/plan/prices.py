@@ -13,7 +13,7 @@ import numpy as np
 from ..layout import Layout, Type, gradient, legal, local_shape, transition
 from ..mesh import Mesh
 from ..trace.blocks import is_heavy
-from ..trace.graph import Graph, Op, Tensor, Value
+from ..trace.graph import ITEMSIZE, Graph, Op, Tensor, Value
 from ..trace.ops.rule import Rule, Strategy
 from .cluster import Cluster
 from .costs import collective

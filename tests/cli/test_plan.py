@@ -67,6 +67,11 @@ def test_a_config_of_hugging_face(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert run(["plan", str(tmp_path), "-c", "h100x2", *SIZE, "--mesh", "tp=2", "--json"]) == 0
     data = json.loads(capfd.readouterr().out)
     assert any(p["path"] == "model.layers.*.self_attn.q_proj.weight" and "bfloat16" in p["tensor"] for p in data["parameters"])
+    qkv = [f"model.layers.*.self_attn.{name}_proj.weight" for name in "qkv"]
+    assert {"weights": qkv, "count": 2} in data["merged"]
+    assert run(["plan", str(tmp_path), "-c", "h100x2", *SIZE, "--mesh", "tp=2", "--pin", "merge=false", "--pin", "buckets=1000000"]) == 0
+    shown = capfd.readouterr().out
+    assert "merged linears" not in shown and "up to 977 KiB together" in shown
 
 
 def test_presets_are_what_they_are_called() -> None:

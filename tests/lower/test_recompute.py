@@ -1,4 +1,4 @@
-"""What a block saves: what matmuls read and make, once each, not the pointwise values between; what of merged ones; and the merged backward is the two parts."""
+"""What a block saves: what matmuls read and make, once each, not the pointwise values between; and the whole backward is both its parts."""
 
 from __future__ import annotations
 

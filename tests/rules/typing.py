@@ -3,7 +3,8 @@
 `R`: the same on every rank. `V`: differs between ranks. `P`: a term of a pending sum, of which only linear functions may be taken.
 `Z`: zeros, which are all of these. Inputs' types come from their layouts; collectives are the only way from V or P to R, and
 summing what is the same everywhere, or handing on as whole what differs, is an error. It is coarser than layouts are: V may stand
-for a shard or a term. A buffer in which several tensors travel is `Flat`: each part of its last dim has its own. `check` types a module's graphs on each axis and raises `Untyped`.
+for a shard or a term. Of a buffer in which several tensors travel, each part has its own type (`Flat`). `check` types a module's graphs
+on each axis and raises `Untyped`.
 """
 
 from __future__ import annotations
