@@ -52,6 +52,36 @@ def test_who_draws_in_between_keeps_the_generator():
     same(dict(materialise(model)), nn.Linear(3, 3))
 
 
+def drawn_while_filling(build) -> tuple[int, int]:
+    """(draws that the constructor made, draws that filling made)."""
+    model, count, execute = deferred(build), 0, replay._execute
+
+    def counting(op, *args):
+        nonlocal count
+        count += op.random
+        return execute(op, *args)
+
+    with mock.patch.object(replay, "_execute", counting):
+        list(materialise(model))
+    return sum(op.random for op in model.__dict__["_autoshard_deferral"].recorder.recording.ops), count
+
+
+def rows() -> nn.Module:
+    model = nn.Linear(5, 40)
+    for row in model.weight.data:
+        row.normal_()
+    return model
+
+
+def test_nothing_is_drawn_twice_that_is_drawn_in_one_go():
+    made, filled = drawn_while_filling(lambda: Tall(3, 16))
+    assert made == filled == 3 * 2 + 2 + 5
+    made, filled = drawn_while_filling(rows)
+    assert made == 42 and filled <= made + 1  # the first draw of the rows, before the bias's
+    made, filled = drawn_while_filling(Interleaved)
+    assert made < filled < 3 * made
+
+
 # ---- casts, frozen parameters, weights from elsewhere ---------------------------------------------------------------
 
 
