@@ -75,14 +75,15 @@ class Replay:
         self.alone = self._alone(needed)
 
     def _alone(self, needed: dict[int, list[int]]) -> set[int]:
-        """Draws that only one goal needs, which needs no others between: it makes all of them in one go, in the last one's turn."""
+        """Draws that only one goal needs, with no others between them and its last: they are made in one go, in the last one's turn."""
         position = {index: i for i, index in enumerate(self.draws)}
-        return {
-            index
-            for draws in needed.values()
-            if draws and position[draws[-1]] - position[draws[0]] == len(draws) - 1 and all(self.uses[i] == 1 for i in draws)
-            for index in draws
-        }
+        found: set[int] = set()
+        for draws in needed.values():
+            for i, index in enumerate(reversed(draws)):
+                if self.uses[index] > 1 or position[index] != position[draws[-1]] - i:
+                    break
+                found.add(index)
+        return found
 
     def turns(self, to_the_end: bool) -> Iterator[tuple[int, torch.UntypedStorage]]:
         last = max(self.completes, default=-1)

@@ -66,6 +66,8 @@ class Interleaved(nn.Module):
         )
         self.register_buffer("numbers", torch.randint_like(self.sums.detach(), 3, 9))
         self.register_buffer("few", torch.randint_like(self.sums.detach(), 5))
+        torch.poisson(self.layers[1].weight.detach().abs() * 30)  # how far this moves the generator depends on what it reads
+        self.grown = nn.Parameter(torch.randn(70000).half().double())
         self.register_buffer("kept", torch.bernoulli(torch.full((30,), 0.3)) * torch.randperm(30))
         state = torch.get_rng_state()
         self.first = nn.Parameter(torch.randn(7))

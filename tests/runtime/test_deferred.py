@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
+from autoshard import config, models
 from autoshard.api import parallelize
+from autoshard.cli import setup
 from autoshard.errors import CheckpointError, DeferredError
 from autoshard.lower import compile
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.search import search
 from autoshard.runtime import replay
-from autoshard.runtime.deferred import deferred, is_deferred, materialise
-from autoshard.runtime.huggingface import load_pretrained
+from autoshard.runtime.deferred import deferred, is_deferred, materialise, promised
+from autoshard.runtime.huggingface import export, load_pretrained
 from autoshard.runtime.in_process import InProcess
 from autoshard.trace.capture import capture
 from tests.zoo import hf
@@ -50,6 +53,36 @@ def test_who_draws_in_between_keeps_the_generator():
         torch.randn(2)
     torch.manual_seed(0)
     same(dict(materialise(model)), nn.Linear(3, 3))
+
+
+def drawn_while_filling(build) -> tuple[int, int]:
+    """(draws that the constructor made, draws that filling made)."""
+    model, count, execute = deferred(build), 0, replay._execute
+
+    def counting(op, *args):
+        nonlocal count
+        count += op.random
+        return execute(op, *args)
+
+    with mock.patch.object(replay, "_execute", counting):
+        list(materialise(model))
+    return sum(op.random for op in model.__dict__["_autoshard_deferral"].recorder.recording.ops), count
+
+
+def rows() -> nn.Module:
+    model = nn.Linear(5, 40)
+    for row in model.weight.data:
+        row.normal_()
+    return model
+
+
+def test_nothing_is_drawn_twice_that_is_drawn_in_one_go():
+    made, filled = drawn_while_filling(lambda: Tall(3, 16))
+    assert made == filled == 3 * 2 + 2 + 5
+    made, filled = drawn_while_filling(rows)
+    assert made == 42 and filled <= made + 1  # the first draw of the rows, before the bias's
+    made, filled = drawn_while_filling(Interleaved)
+    assert made < filled < 3 * made
 
 
 # ---- casts, frozen parameters, weights from elsewhere ---------------------------------------------------------------
@@ -177,6 +210,19 @@ def test_weights_from_a_folder_need_no_draws(tmp_path):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+def test_the_command_line_promises_a_folder(tmp_path):
+    pytest.importorskip("transformers")
+    hf.build("gpt2")[0].save_pretrained(tmp_path)
+    settings = config.Model(source=str(tmp_path), pretrained=str(tmp_path), deferred=True)
+    model = setup._model(
+        SimpleNamespace(model=settings, data=SimpleNamespace(batch=2, seq=4)),
+        models.find(settings.source, {}),
+    )
+    assert is_deferred(model) and promised(model) == [tmp_path]
+    with no_draws():
+        list(materialise(model))
+
+
 def test_what_a_folder_lacks_or_cant_be_promised(tmp_path):
     pytest.importorskip("transformers")
     model, kwargs = hf.build("llama")
@@ -207,6 +253,23 @@ def one_rank(mesh):
 
 def test_real_ranks():
     ranks(2, one_rank, "tp=2")
+
+
+def one_rank_from_a_folder(folder):
+    torch.manual_seed(4)
+    with no_draws():
+        sharded = parallelize(load_pretrained(folder, deferred(Tall, 2, 16)).half(), "tp=2", args=(IDS,), device="cpu")
+    torch.manual_seed(3)
+    for name, tensor in Tall(2, 16).half().state_dict().items():
+        assert torch.equal(sharded.state_dict()[name], tensor)
+
+
+def test_real_ranks_read_a_folder(tmp_path):
+    torch.manual_seed(3)
+    model = deferred(Tall, 2, 16)
+    captured = capture(model, args=(IDS,))
+    export(InProcess(without_graphs(captured, search(captured.graph, Cluster.local(1), {"dp": 1}, 1)), model), tmp_path / "hf", config={})
+    ranks(2, one_rank_from_a_folder, tmp_path / "hf")
 
 
 # ---- what can't be deferred -----------------------------------------------------------------------------------------
