@@ -36,7 +36,7 @@ _ON_THE_WAY = ("CACHE", "TO_BOOL", "NOP", "COPY", "PRECALL")
 
 
 def answer_here() -> bool | None:
-    """The truth value, of what the innermost frame outside capture and torch's modes asks for now, that doesn't lead straight to a raise."""
+    """The truth value, of what the innermost frame outside capture and torch's modes asks for now, that leads on and not to a raise."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (is_captures(frame.f_code.co_filename) or frame.f_code.co_name == "__torch_function__"):
         frame = frame.f_back
