@@ -5,6 +5,9 @@ the tables that mention it and minimises it out; the order follows the smallest 
 exact whatever the order; the tables that arise are as large as the graph's treewidth makes them. (Dechter, "Bucket
 elimination", 1999.) Blocks that repeat are eliminated once: `Problem.fold`.
 
+Where the treewidth is too large (one layer's weights used again and again tie all its uses together), the variables that most tables
+mention are set one at a time, and each is then set anew, exactly, given the others, while that improves: a choice, if not the best one.
+
 >>> p = Problem({"a": 2, "b": 2, "c": 2})
 >>> p.add(("a",), np.array([0.0, 1.0]))
 >>> p.add(("a", "b"), np.array([[5.0, 0.0], [0.0, 5.0]]))
@@ -15,19 +18,25 @@ elimination", 1999.) Blocks that repeat are eliminated once: `Problem.fold`.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+log = logging.getLogger("autoshard")
 Scope = tuple[str, ...]
 LARGEST = 60_000_000
 """Entries of the largest table that elimination may build."""
 
 
 class TooWide(Exception):
-    """Elimination would need a table of more than LARGEST entries."""
+    """Elimination would need a table of more than LARGEST entries, over `scope`."""
+
+    def __init__(self, scope: Scope, entries: int) -> None:
+        super().__init__(f"{entries} entries over {len(scope)} variables")
+        self.scope = scope
 
 
 @dataclass
@@ -56,10 +65,41 @@ class Problem:
         self.tables[scope] = self.tables[scope] + table if scope in self.tables else table
 
     def minimum(self) -> tuple[float, dict[str, int]]:
-        """The least total cost and a choice that has it; infinite if nothing is feasible. Raises TooWide."""
-        steps = self._steps + _eliminate(self.tables, self.sizes, list(_variables(self.tables)))
-        total = sum(float(t) for scope, t in self.tables.items() if not scope)
-        choice = {v: 0 for v, n in self.sizes.items()}
+        """The least total cost and a choice that has it; infinite if nothing is feasible. Exact unless a table were to grow past LARGEST
+        entries. Raises TooWide where setting variables doesn't help."""
+        found, hubs = self._given({}), dict[str, int]()
+        while isinstance(found, TooWide):
+            if len(hubs) == len(self.sizes):
+                raise found
+            hub = self._hub(found.scope, hubs)
+            hubs[hub] = self._guess(hub, hubs)
+            found = self._given(hubs)
+        for _ in range(3):
+            before = found[0]
+            for hub in hubs:
+                again = self._given({v: found[1][v] for v in hubs if v != hub})
+                if not isinstance(again, TooWide) and again[0] < found[0]:
+                    found = again
+            if not found[0] < before:
+                break
+        if hubs:
+            log.info("%d placements that too many others depend on were chosen one at a time", len(hubs))
+        return found
+
+    def _given(self, known: Mapping[str, int]) -> tuple[float, dict[str, int]] | TooWide:
+        """`minimum` with some variables known, or what stops elimination."""
+        tables: dict[Scope, np.ndarray] = {}
+        for scope, table in self.tables.items():
+            rest = tuple(v for v in scope if v not in known)
+            part = table[tuple(known.get(v, slice(None)) for v in scope)] if len(rest) < len(scope) else table
+            tables[rest] = tables[rest] + part if rest in tables else part
+        try:
+            largest = LARGEST // 32 if known else LARGEST  # what is solved again and again had better be quick
+            steps = self._steps + _eliminate(tables, self.sizes, list(_variables(tables)), largest)
+        except TooWide as error:
+            return error
+        total = sum(float(t) for scope, t in tables.items() if not scope)
+        choice = dict.fromkeys(self.sizes, 0) | dict(known)
         for step in reversed(steps):
             choice[step.variable] = int(step.best[tuple(choice[v] for v in step.scope)])
         return total, choice
@@ -67,6 +107,29 @@ class Problem:
     def cost(self, choice: Mapping[str, int]) -> float:
         """What a choice costs by the tables as they were added (before any `fold`)."""
         return sum(float(table[tuple(choice[v] for v in scope)]) for scope, table in self.tables.items())
+
+    def _hub(self, scope: Scope, known: Mapping[str, int]) -> str:
+        """Of a scope that is too wide, the variable that ties most others."""
+        uses = dict.fromkeys(scope, 0)
+        for each in self.tables:
+            for v in each:
+                if v in uses and v not in known:
+                    uses[v] += 1
+        return max(uses, key=lambda v: (uses[v], v))
+
+    def _guess(self, hub: str, known: Mapping[str, int]) -> int:
+        """The hub's value that its neighbours, each by itself, would like best."""
+        total = np.zeros(self.sizes[hub])
+        for scope, table in self.tables.items():
+            if hub not in scope:
+                continue
+            part = table[tuple(known.get(v, slice(None)) for v in scope)]
+            rest = [v for v in scope if v not in known]
+            for i, v in enumerate(rest):
+                if v != hub and (v,) in self.tables:
+                    part = part + self.tables[v,].reshape([-1 if j == i else 1 for j in range(len(rest))])
+            total = total + part.min(axis=tuple(i for i, v in enumerate(rest) if v != hub))
+        return int(total.argmin())
 
     def fold(self, inner: Sequence[str], outer: Sequence[str], key: object) -> None:
         """Eliminate a block's inner variables now; `outer` are the others that its tables mention. A later block with the same
@@ -80,7 +143,10 @@ class Problem:
             name = dict(zip(old, names, strict=True))
         else:
             result = dict(mine)
-            steps = _eliminate(result, self.sizes, list(inner))
+            try:
+                steps = _eliminate(result, self.sizes, list(inner), LARGEST)
+            except TooWide:
+                return  # as it is, `minimum` may set variables first
             name = {v: v for v in names}
             self._folded[key] = (names, steps, dict(result))
         for scope in mine:
@@ -95,7 +161,7 @@ def _variables(tables: dict[Scope, np.ndarray]) -> dict[str, None]:
     return {v: None for scope in tables for v in scope}
 
 
-def _eliminate(tables: dict[Scope, np.ndarray], sizes: dict[str, int], names: list[str]) -> list[_Step]:
+def _eliminate(tables: dict[Scope, np.ndarray], sizes: dict[str, int], names: list[str], largest: int) -> list[_Step]:
     """Minimise the named variables out of the tables, in place."""
     by_variable: dict[str, set[Scope]] = {v: set() for v in _variables(tables)}
     for scope in tables:
@@ -109,8 +175,8 @@ def _eliminate(tables: dict[Scope, np.ndarray], sizes: dict[str, int], names: li
         del cost[v]
         scopes = by_variable.pop(v)
         rest = tuple(sorted({u for s in scopes for u in s} - {v}))
-        if math.prod(sizes[u] for u in rest) * sizes[v] > LARGEST:
-            raise TooWide(f"{math.prod(sizes[u] for u in rest) * sizes[v]} entries over {len(rest) + 1} variables")
+        if math.prod(sizes[u] for u in rest) * sizes[v] > largest:
+            raise TooWide((*rest, v), math.prod(sizes[u] for u in rest) * sizes[v])
         full = (*rest, v)
         total = np.zeros((1,) * len(full))
         for scope in sorted(scopes, key=lambda s: (len(s), s)):

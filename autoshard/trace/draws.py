@@ -52,7 +52,7 @@ def _numbered(draw: Draw, index: int) -> Draw:
 def _describe(node: fx.Node, index: int) -> Draw | None:
     name = str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
     if name in ("dropout", "dropout_", "native_dropout"):
-        x, p, train = _arguments(node, "input", "p", "train")
+        x, p, train = _arguments(node, "input", "self", "p", "train")  # in place it is self
         return _mask(index, x.meta["val"], p, node) if train and 0 < p < 1 else None
     if name == "scaled_dot_product_attention":
         q, k, p = _arguments(node, "query", "key", "dropout_p")

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError
 from .captured import Draw
+from .checks import checks_pass
 from .draws import number_draws
 from .intercept import Watch, exact_sources, fake_like, first_line, no_checkpoint, quiet, same_attributes, same_parameters, whole_functions
 from .order import canonical_order
@@ -150,6 +151,7 @@ def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Call
     """Export, inline, functionalise, order, fold."""
     names: list[str] = []
     notes: list[str] = []
+    checked: list[str] = []
     opaque: dict[str, Callable[..., Any]] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     with ExitStack() as stack:
@@ -164,7 +166,7 @@ def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Call
         stack.enter_context(exact_sources(Step.forward.__code__))
         tensors = tuple(fake_like(leaf, mode) for leaf in leaves if isinstance(leaf, Tensor))
         try:
-            with Watch():
+            with Watch(checked.append), checks_pass(checked.append):
                 program = torch.export.export(Step(model, leaves, tree, loss, names, notes), tensors, strict=False)
             inline_regions(program.graph_module)
             draws = number_draws(program.graph)
@@ -178,6 +180,7 @@ def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Call
             raise CaptureError(
                 f"the model can't be traced: {first_line(error)}", where=source_of_error(error), hint=_advice(error)
             ) from error
+    notes += [f"the check on data at {place} is taken to pass" for place in dict.fromkeys(checked)]
     return Exported(program, names, opaque, draws, notes)
 
 

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError
 from . import primitives
+from .checks import answer_here
 from .order import Calls
 from .provenance import is_users, source_here
 
@@ -256,13 +257,15 @@ def no_checkpoint() -> Iterator[None]:
 
 
 class Watch(TorchFunctionMode):
-    """Sees the model's calls into torch: decides branches on uniform draws that have one outcome, refuses hooks and inner backward.
+    """Sees the model's calls into torch: decides checks and branches on uniform draws that have one outcome, refuses hooks and inner
+    backward. `taken` is told where a check was taken to hold.
 
     A value in [0, 1) compared with a number outside decides the comparison: `torch.rand([]) < 0.0` is False whatever is drawn.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, taken: Callable[[str], None]) -> None:
         super().__init__()
+        self.taken = taken
         self.bounds: dict[int, tuple[Tensor, float, float]] = {}
         self.known: dict[int, tuple[Tensor, bool]] = {}
 
@@ -275,6 +278,12 @@ class Watch(TorchFunctionMode):
             raise CaptureError(f"forward calls Tensor.{name}, which capture would drop", where=source_here(), hint="remove the hook")
         if name in ("__bool__", "item") and args and id(args[0]) in self.known:
             return self.known[id(args[0])][1]
+        if func is torch._assert and isinstance(args[0], Tensor):
+            self.taken(source_here())
+            return None
+        if name == "__bool__" and isinstance(args[0], torch._subclasses.FakeTensor) and (answer := answer_here()) is not None:
+            self.taken(source_here())
+            return answer
         if func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
             raise CaptureError(f"forward calls {name}, which can't be captured", where=source_here(), hint="write that gradient as ops")
         out = func(*args, **kwargs)

@@ -33,10 +33,8 @@ class _Promote(TorchFunctionMode):
 
 
 def _promoted(argument: Any) -> Any:
-    try:
-        return _FLOAT.get(argument, argument)
-    except TypeError:  # unhashable
-        return argument
+    # nothing else: to hash a symbolic number is to decide it
+    return _FLOAT.get(argument, argument) if isinstance(argument, (torch.dtype, str, type)) else argument
 
 
 @contextmanager

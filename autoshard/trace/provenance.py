@@ -52,6 +52,11 @@ def is_users(path: str) -> bool:
     return not path.startswith((_TORCH, _HERE, "<"))
 
 
+def is_captures(path: str) -> bool:
+    """Whether a frame's file is capture's own."""
+    return path.startswith(_HERE)
+
+
 def module_of(node: fx.Node, prefix: str) -> str:
     """The path of the innermost module in the model, such as `model.layers.0.mlp`; `prefix` is the wrapper's name of the model."""
     stack = node.meta.get("nn_module_stack") or {}

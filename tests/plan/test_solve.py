@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from autoshard.plan import solve
 from autoshard.plan.solve import Problem
 
 
@@ -102,3 +103,30 @@ def test_an_infeasible_problem_costs_infinity() -> None:
     problem = Problem({"a": 2, "b": 2})
     problem.add(("a", "b"), np.full((2, 2), np.inf))
     assert problem.minimum()[0] == np.inf
+
+
+def shared(seed: int, layers: int = 5, weights: int = 3) -> tuple[dict[str, int], dict[tuple[str, ...], np.ndarray]]:
+    """A chain in which every link uses the same few weights, as a layer that is applied again and again does."""
+    rng = np.random.default_rng(seed)
+    sizes = {f"w{i}": 4 for i in range(weights)} | {f"x{k}.{i}": 3 for k in range(layers) for i in range(weights)}
+    tables: dict[tuple[str, ...], np.ndarray] = {(n,): rng.random(size) for n, size in sizes.items()}
+    chain = [f"x{k}.{i}" for k in range(layers) for i in range(weights)]
+    again = {i: rng.random((4, 3)) * 3 for i in range(weights)}
+    for a, b in itertools.pairwise(chain):
+        tables[a, b] = rng.random((3, 3))
+    for name in chain:
+        i = int(name.partition(".")[2])
+        tables[f"w{i}", name] = again[i]
+    return sizes, tables
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_variables_that_tie_too_much_together_are_set_one_at_a_time(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, tables = shared(seed)
+    best, _ = build(sizes, tables).minimum()
+    monkeypatch.setattr(solve, "LARGEST", 350)  # all at once need 3 · 3 · 4³; with the weights known, links of 3 · 3
+    assert isinstance(build(sizes, tables)._given({}), solve.TooWide)
+    found, choice = build(sizes, tables).minimum()
+    assert found == pytest.approx(cost(tables, choice))
+    assert best - 1e-12 <= found <= best * 1.1
+    assert set(choice) == set(sizes)

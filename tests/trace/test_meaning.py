@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from autoshard.trace.capture import capture
 
 from .agree import assert_agrees
+from .checks import Checks
 
 
 def batch(*shape: int) -> Tensor:
@@ -263,7 +264,7 @@ def test_forward_hooks_are_traced() -> None:
 class Drops(Two):
     def forward(self, x: Tensor) -> Tensor:
         h = F.dropout(self.a(x).t(), 0.3).t()  # drawn in the memory order of its input
-        h = F.dropout(h[:, ::2], 0.2)
+        h = F.dropout(h[:, ::2].clone(), 0.2, inplace=True)
         F.dropout(h, 0.5)  # its result is dead, its draw is not
         torch.rand(3)
         h = F.dropout(h.reshape(2, 2, -1).expand(3, 2, 2, -1), 0.1)
@@ -418,3 +419,14 @@ def test_replaced_plain_tensors_are_noted_and_put_back() -> None:
     captured = capture(model, (torch.ones(2, 8),))
     assert any("scale" in note for note in captured.graph.notes)
     assert torch.equal(model.scale, torch.ones(8))
+
+
+# ---- checks
+
+
+def test_checks_that_only_raise_are_taken_to_pass_and_noted() -> None:
+    graph = agrees(Checks()).graph
+    assert all(op.target.split(".")[1] in ("linear", "add", "mul", "square", "sum") for op in graph.ops)
+    lines, first = inspect.getsourcelines(Checks)
+    for line in (first + n for n, text in enumerate(lines) if text.strip().startswith(("assert", "if"))):
+        assert any(f"tests/trace/checks.py:{line} is taken to pass" in note for note in graph.notes), line

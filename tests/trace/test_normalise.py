@@ -32,6 +32,20 @@ class Shapes(Two):
         return (g * g.sin()).sum() + d.select(1, -1).sum() + d.diff(dim=1).square().sum() + d.roll(1, 0)[0, 0]
 
 
+class Scattered(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        h, rows = self.a(x), self.b(x)
+        some = (x[:, 0] > -0.3)[:, None]
+        a = h.masked_scatter(some, rows) + h.masked_scatter(some.expand(-1, 8), rows.sin()) + h.masked_scatter(x > 0.1, rows.t())
+        again = torch.cat(h.split([3, 1, 4]), 0) + torch.cat(h.split([3, 1, 4])[::-1], 0)
+        return (a * a.cos()).sum() + again.square().sum()
+
+
+def test_scattering_by_a_mask_takes_rows_and_a_split_put_together_is_nothing() -> None:
+    found = targets(agrees(Scattered()))
+    assert found.count("aten.index.Tensor") == 3 and found.count("aten.cat.default") == 1
+
+
 class Products(Two):
     def forward(self, x: Tensor) -> Tensor:
         h, w = self.a(x), self.b.weight

@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
-from . import hf, plain, public, towers
+from . import hf, plain, public, published, towers
 from .case import Case
 
 LISTED: tuple[str, ...] = (*hf.FAMILIES, *plain.CASES, *towers.FAMILIES)
-FURTHER: tuple[str, ...] = (*hf.FURTHER, *hf.PADDED, *towers.FURTHER, *public.CASES)
+FURTHER: tuple[str, ...] = (*hf.FURTHER, *hf.PADDED, *towers.FURTHER, *public.CASES, *published.CASES)
+_OWN = plain.CASES | public.CASES | published.CASES
 
 
 def case(name: str) -> Case:
-    if name in plain.CASES | public.CASES:
-        return (plain.CASES | public.CASES)[name]
+    if name in _OWN:
+        return _OWN[name]
     return towers.case(name) if name in towers.FAMILIES | towers.FURTHER else hf.case(name)
 
 

@@ -50,6 +50,10 @@ def addmv(b: Builder, bias: Ref, x: Ref, y: Ref, beta: float = 1, alpha: float =
     return _plus(b, mv(b, x, y), bias, beta, alpha)
 
 
+def vdot(b: Builder, x: Ref, y: Ref) -> Any:
+    return NotImplemented if b.dtype(x).startswith("complex") else dot(b, x, y)
+
+
 def dot(b: Builder, x: Ref, y: Ref) -> Ref:
     return b.op("aten.sum.dim_IntList", b.op(MUL, x, y), (0,), False)
 
@@ -92,6 +96,7 @@ RULES: dict[str, Rule] = {
     "aten.mv.default": mv,
     "aten.addmv.default": addmv,
     "aten.dot.default": dot,
+    "aten.vdot.default": vdot,
     "aten.outer.default": outer,
     "aten.matmul.default": matmul,
     "aten.einsum.default": einsum,

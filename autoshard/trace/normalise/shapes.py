@@ -137,6 +137,9 @@ def unbind(b: Builder, x: Ref, dim: int = 0) -> tuple[Ref, ...]:
 
 def cat(b: Builder, tensors: Sequence[Ref], dim: int = 0) -> Ref:
     kept = [t for t in tensors if b.shape(t) != (0,)] or list(tensors[:1])  # torch skips empty 1-d tensors
+    parts = b.made_by(kept[0], "aten.split_with_sizes.default")
+    if parts is not None and [t.name for t in kept] == list(parts.outs) and dim % b.ndim(kept[0]) == parts.args[2]:
+        return parts.args[0]  # what was split, put together again
     return kept[0] if len(tensors) == 1 else b.op("aten.cat.default", tuple(kept), dim % b.ndim(kept[0]))
 
 
@@ -213,6 +216,28 @@ def select_scatter(b: Builder, x: Ref, src: Ref, dim: int, index: int) -> Ref:
 
 def copy(b: Builder, x: Ref, src: Ref, non_blocking: bool = False) -> Ref:
     return b.expand(b.to(src, b.dtype(x)), b.shape(x))
+
+
+def masked_scatter(b: Builder, x: Ref, mask: Ref, source: Ref) -> Ref:
+    """The places of x where mask is True take the rows of source, in order: row cumsum(mask) - 1 each. Rows are as long as the trailing
+    dims along which the mask repeats."""
+    shape = b.shape(x)
+    mask = b.expand(mask, shape)
+    wide = b.made_by(mask, "aten.expand.default")
+    thin = b.shape(wide.args[0]) if wide is not None else shape
+    thin = (1,) * (len(shape) - len(thin)) + thin
+    k = 0  # trailing dims that are rows
+    while k < min(len(shape), b.ndim(source)) and thin[-1 - k] == 1 and b.shape(source)[-1 - k] == shape[-1 - k]:
+        k += 1
+    lead, row = shape[: len(shape) - k], shape[len(shape) - k :]
+    for dim in range(len(lead), len(shape)):
+        mask = b.slice(mask, dim, 0, 1)
+    mask = b.reshape(mask, lead)
+    rows = b.reshape(source, (-1, *row))
+    at = b.op("aten.cumsum.default", b.to(b.reshape(mask, (math.prod(lead),)), "int64"), 0)
+    at = b.op("aten.clamp.default", b.op("aten.sub.Tensor", at, 1), 0, b.shape(rows)[0] - 1)
+    taken = b.op("aten.index.Tensor", rows, (b.reshape(at, lead),))
+    return b.op("aten.where.self", b.reshape(mask, (*lead, *(1,) * k)), taken, x)
 
 
 def pixel_shuffle(b: Builder, x: Ref, n: int) -> Ref:
@@ -312,6 +337,7 @@ RULES: dict[str, Rule] = {
     "aten.select_scatter.default": select_scatter,
     "aten.copy.default": copy,
     "aten.as_strided.default": as_strided,
+    "aten.masked_scatter.default": masked_scatter,
     "aten.pixel_shuffle.default": pixel_shuffle,
     "aten.pixel_unshuffle.default": pixel_unshuffle,
     "aten.channel_shuffle.default": channel_shuffle,
