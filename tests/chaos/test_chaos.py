@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import damage, hostile, kills
+from . import damage, full, hostile, kills
 
 
 def test_damage_is_refused_with_the_file_named(tmp_path):
@@ -13,6 +13,13 @@ def test_damage_is_refused_with_the_file_named(tmp_path):
 
 def test_hostile_checkpoints_are_refused(tmp_path):
     assert "no code run" in hostile.run(tmp_path, len(hostile.CASES) + 50)
+
+
+def test_a_full_disk_is_one_clean_error(tmp_path):
+    if full.why_not():
+        pytest.skip(full.why_not())
+    said = full.run(tmp_path, 10)
+    assert said.startswith("10 of 10") and "'full'" in said and "'room'" in said and "real ranks" in said, said
 
 
 @pytest.mark.parametrize(("ranks", "count"), [(1, 8), (4, 2)])
