@@ -61,7 +61,8 @@ def parallelize(
     `mesh`: named degrees (a DeviceMesh, {"dp": 2, "tp": 4} or "dp=2 tp=4") that the plan must have; or a Cluster, its file or its
     catalogue name ("h100x8"), and the planner chooses. `args`, `kwargs`: an example of the global batch (without it, the first
     step's). `loss`: makes a scalar of the model's output; without it the output itself, its `.loss` or `["loss"]`. `plan`: a plan
-    or its file instead of a search. `microbatches`: how many a step runs in, instead of what the planner finds best. `pins`: decisions to hold fixed (see `plan.search`). `compile`: whether graphs go through
+    or its file instead of a search. `pins`: decisions to hold fixed (see `plan.search`), `microbatches`: their
+    count. `compile`: whether graphs go through
     torch.compile (default: on CUDA). `exact_random`: dropout replays torch's own CPU stream, as the plain model draws it (slow, for
     comparisons); otherwise every element's draw is keyed by seed and global index, the same under every plan.
     """

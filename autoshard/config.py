@@ -138,6 +138,7 @@ class Checkpoints:
     folder: str | None = key(None, "where they go; null: none are written")
     every: int = key(0, "steps between checkpoints (0: only at the end, and when told to stop)", low=0)
     keep: int | None = key(3, "how many to keep (null: all)", low=1)
+    background: bool = key(False, "write them beside training, from a copy in host memory; one that fails ends the run at the next")
 
 
 @dataclass
@@ -358,13 +359,14 @@ def _without_effect(config: Config) -> Iterator[tuple[At, str]]:
     data, evaluation, parallel = config.data, config.evaluation, config.parallel
     sources = [(("data", "sources", i), s) for i, s in enumerate(data.sources)]
     sources += [(("evaluation", "sources", i), s) for i, s in enumerate(evaluation.sources)]
+    written = config.checkpoints
     nothing = not data.held_out and not evaluation.sources
     whys: list[tuple[Any, str, At, bool, str]] = [
         (data, "tokenizer", ("data",), all(s.format != "text" for _, s in sources), "no source is text"),
         (data, "held_out", ("data",), bool(evaluation.sources and data.held_out), "evaluation.sources are evaluated on"),
         *((evaluation, k, ("evaluation",), nothing, "nothing is held out") for k in ("every", "batches")),
         (config.schedule, "floor", ("schedule",), config.schedule.kind == "constant", "the schedule is constant"),
-        *((config.checkpoints, k, ("checkpoints",), config.checkpoints.folder is None, "there is no folder") for k in ("every", "keep")),
+        *((written, k, ("checkpoints",), written.folder is None, "there is no folder") for k in ("every", "keep", "background")),
         *((parallel, k, ("parallel",), parallel.plan is not None, "the plan decides it") for k in ("microbatches", "pins")),
         *((s, "dtype", at, s.format != "tokens", f"the format is {s.format}") for at, s in sources),
     ]

@@ -8,6 +8,7 @@ watchdog names the one that the others wait for (`watchdog.py`).
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from collections import deque
@@ -95,12 +96,23 @@ class Comm:
         self.rank, self.size = (0, 1) if self.alone else (dist.get_rank(), dist.get_world_size())
         self.groups: dict[tuple[Any, ...], Any] = {}
         self.axes: dict[str, tuple[int, ...]] = {}
+        self.beside: Comm | None = None
         self.flying: deque[tuple[Any, Tensor]] = deque()
         if not self.alone:
             self.everyone = tuple(range(self.size))
             # the default group serves if it is of our backend
             same = dist.get_backend() == self.backend
             self.groups[self.everyone] = dist.group.WORLD if same else dist.new_group(list(self.everyone), backend=self.backend)
+
+    def aside(self) -> Comm:
+        """The same ranks through a gloo group of their own, for a thread beside the main one (made at the first call, a collective one)."""
+        if self.alone:
+            return self
+        if self.beside is None:
+            self.beside = copy.copy(self)
+            self.beside.device, self.beside.backend, self.beside.watchdog = torch.device("cpu"), "gloo", None
+            self.beside.groups = {self.everyone: dist.new_group(list(self.everyone), backend="gloo")}
+        return self.beside
 
     def prepare(self, program: Program) -> dict[str, str]:
         """Make the groups of a program. Axis → the name of this rank's process group. Raises MeshError."""

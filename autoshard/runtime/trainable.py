@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..plan.plan import Plan
     from ..trace.captured import Captured
     from .checkpoint import Restored
+    from .checkpoint.background import Background
 
 Weights = Mapping[str, Tensor]
 Outputs = Sequence[str] | bool
@@ -100,6 +101,7 @@ class Trainable(ABC):
         self.program, self.captured, self.device = program, captured or program.captured, device
         self.seed, self.steps_taken = 0, 0
         self.optimizers: list[ShardedOptimizer] = []
+        self.saving: Background | None = None
         self.holders = {kind: _holders(program, kind) for kind in ("params", "buffers")}
         values, whole = program.graph.sources("param", "buffer"), _whole_weights(weights)
         self.owner = {v.path: v.path for v in values} | program.graph.tied
@@ -309,10 +311,18 @@ class Trainable(ABC):
         return whole
 
     def save(self, folder: str | os.PathLike[str], **options: Any) -> Path:
-        """Write a checkpoint into a folder of them (see `checkpoint.save`: step=, scheduler=, data=, extra=, keep=; a collective call)."""
+        """Write a checkpoint into a folder of them (see `checkpoint.save`: step=, scheduler=, data=, extra=, keep=, wait=; a collective
+        call). With wait=False a thread writes it while training goes on, and `saved` waits for it."""
         from . import checkpoint
 
         return checkpoint.save(folder, self, **options)
+
+    def saved(self) -> Path | None:
+        """Wait for what `save(…, wait=False)` began: its path, None where there is nothing to wait for. Raises CheckpointError if it
+        failed, on every rank. (The next `save` and `load` do so too.)"""
+        from . import checkpoint
+
+        return checkpoint.finish(self)
 
     def load(self, folder: str | os.PathLike[str], **options: Any) -> Restored:
         """Go on from the newest whole checkpoint (see `checkpoint.load`: scheduler=, step=; a collective call)."""

@@ -143,10 +143,10 @@ class Trainer:
             return
         path = self.sharded.save(
             checkpoints.folder, step=self.step, scheduler=self.scheduler, data=self.batches.state(),
-            extra={"skipped": self.skipped, "wandb": self.wandb}, keep=checkpoints.keep,
+            extra={"skipped": self.skipped, "wandb": self.wandb}, keep=checkpoints.keep, wait=not checkpoints.background,
         )  # fmt: skip
         self.saved = self.step
-        self.watcher.say(f"saved {path}")
+        self.watcher.say(f"{'writing' if checkpoints.background else 'saved'} {path}")
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
 
@@ -165,9 +165,12 @@ class Trainer:
                     self._between(meter, sinks, summary)
             if summary.evaluation is None and not summary.stopped:
                 summary.evaluation = self.evaluate(sinks)
+            if (path := self.sharded.saved()) is not None:
+                self.watcher.say(f"saved {path}")
         finally:
             for sink in sinks:
-                sink.close()
+                with contextlib.suppress(OSError):  # what couldn't be written was told
+                    sink.close()
         summary.step, summary.skipped = self.step, self.skipped
         return summary
 
@@ -206,8 +209,15 @@ class Trainer:
         if self.step % self.config.run.log_every and self.step not in (1, self.config.run.steps):
             return
         values = meter.values(self.batches.tokens_seen, norm, used, self.skipped)
+        self._write(sinks, values)
+
+    def _write(self, sinks: Sequence[Sink], values: dict[str, float]) -> None:
+        """Metrics that can't be written (the disk is full) don't end a run."""
         for sink in sinks:
-            sink.write(self.step, values)
+            try:
+                sink.write(self.step, values)
+            except OSError as error:
+                self.watcher.say(f"step {self.step}: metrics can't be written: {error.strerror or error}")
         self.watcher.metrics(self.step, values)
 
     def _between(self, meter: Meter, sinks: Sequence[Sink], summary: Summary) -> None:
@@ -232,9 +242,7 @@ class Trainer:
             batch: dict[str, Any] = next(self.held_out)
             total += float(self.sharded.eval_step(**batch))
         values = self.meter.evaluated(total / count, count, time.perf_counter() - began)
-        for sink in sinks:
-            sink.write(self.step, values)
-        self.watcher.metrics(self.step, values)
+        self._write(sinks, values)
         return total / count
 
     # ---- parts ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Training that is killed (SIGKILL) at random moments, saves included, and started again: real processes, the real checkpoint code.
 
 Each life loads, trains and saves until it is killed. Every loss must be the unbroken run's, bit for bit; every start must succeed at the
-first attempt, from a step no earlier than the last whose `save` had returned. Lives are forked from here, so that torch is imported once.
+first attempt, from a step no earlier than the last whose `save` had returned (with wait=False, that the
+next `save` has waited for). Lives are forked from here, so that torch is imported once.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def unbroken(ranks: int) -> list[str]:
     return [train(*run).hex() for _ in range(STEPS)]
 
 
-def life(folder: Path, log: int) -> None:
+def life(folder: Path, log: int, wait: bool) -> None:
     """What a job does; every rank does the same, the first one writes the log."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     torch.manual_seed(3)
@@ -65,17 +66,22 @@ def life(folder: Path, log: int) -> None:
         assert found.data == {"seen": step * BATCH}
     say = (lambda text: os.write(log, (text + "\n").encode())) if first else (lambda text: 0)
     say(f"start {step}")
+    begun = 0
     while step < STEPS:
         loss = train(made, optimizer, scheduler)
         say(f"loss {step} {loss.hex()}")
         step += 1
         if step % EVERY == 0:
-            made.save(folder, step=step, scheduler=scheduler, data={"seen": step * BATCH}, keep=2)
-            say(f"saved {step}")
+            made.save(folder, step=step, scheduler=scheduler, data={"seen": step * BATCH}, keep=2, wait=wait)
+            # without waiting, the one before it is there now
+            done, begun = (step, 0) if wait else (begun, step)
+            say(f"saved {done}" if done else "begun")
+    made.saved()
+    say(f"saved {STEPS}")
     say("end")
 
 
-def fork(ranks: int, folder: Path, log: int) -> list[int]:
+def fork(ranks: int, folder: Path, log: int, wait: bool) -> list[int]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -94,7 +100,7 @@ def fork(ranks: int, folder: Path, log: int) -> list[int]:
                 )
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
                 dist.init_process_group("gloo")
-            life(folder, log)
+            life(folder, log, wait)
             if ranks > 1:
                 dist.destroy_process_group()
             code = 0
@@ -121,11 +127,11 @@ class Figures:
         )
 
 
-def run(folder: Path, count: int, seed: int = 0, ranks: int = 1) -> str:
+def run(folder: Path, count: int, seed: int = 0, ranks: int = 1, wait: bool = True) -> str:
     """Raises AssertionError at the first life that goes wrong. A line of figures."""
     expected, figures, draw = unbroken(ranks), Figures(), random.Random(seed)
     (folder / "measured").mkdir(parents=True)
-    _, lines, last = one_life(folder / "measured", 60.0, ranks, draw)  # how long an undisturbed life takes
+    _, lines, last = one_life(folder / "measured", 60.0, ranks, draw, wait)  # how long an undisturbed life takes
     assert lines[-1] == "end"
     while figures.kills < count:
         figures.runs += 1
@@ -133,7 +139,7 @@ def run(folder: Path, count: int, seed: int = 0, ranks: int = 1) -> str:
         here.mkdir()
         acknowledged, ended = 0, False
         while not ended:
-            killed, lines, _ = one_life(here, draw.uniform(0, 1.1 * last) if figures.kills < count else 60.0, ranks, draw)
+            killed, lines, _ = one_life(here, draw.uniform(0, 1.1 * last) if figures.kills < count else 60.0, ranks, draw, wait)
             figures.kills += killed
             for words in map(str.split, lines):
                 if words[0] == "start":
@@ -145,16 +151,17 @@ def run(folder: Path, count: int, seed: int = 0, ranks: int = 1) -> str:
                     acknowledged = int(words[1])
             ended = bool(lines) and lines[-1] == "end"
             last_words = lines[-1].split() if lines else ["none"]
-            figures.while_saving += killed and last_words[0] == "loss" and (int(last_words[1]) + 1) % EVERY == 0
+            in_save = last_words[0] == "loss" and (int(last_words[1]) + 1) % EVERY == 0
+            figures.while_saving += killed and (in_save or not wait)  # the thread may be at it at any time
             assert killed or ended, f"a life ended by itself: {lines[-3:]}"
     return str(figures)
 
 
-def one_life(folder: Path, until: float, ranks: int, draw: random.Random) -> tuple[bool, list[str], float]:
+def one_life(folder: Path, until: float, ranks: int, draw: random.Random, wait: bool) -> tuple[bool, list[str], float]:
     """(whether it was killed, what it said, how long it took)."""
     reading, writing = os.pipe()
     start = time.monotonic()
-    children = fork(ranks, folder, writing)
+    children = fork(ranks, folder, writing, wait)
     os.close(writing)
     os.set_blocking(reading, False)
     said, left, killed = b"", set(children), False

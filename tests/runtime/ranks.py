@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,18 @@ def ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     processes = [context.Process(target=_rank, args=(rank, count, port, answers, function, args)) for rank in range(count)]
     for process in processes:
         process.start()
-    found = dict(answers.get() for _ in processes)
+    found: dict[int, Any] = {}
+    while len(found) < count and (any(p.is_alive() for p in processes) or not answers.empty()):
+        if answers.empty():
+            time.sleep(0.01)
+        else:
+            found.update([answers.get()])
     for process in processes:
         process.join(30)
         if process.is_alive():
             process.kill()
-    failed = [f"rank {rank}:\n{answer}" for rank, (ok, answer) in sorted(found.items()) if not ok]
+    gone = [f"rank {rank} ended with {p.exitcode}, without a word" for rank, p in enumerate(processes) if rank not in found]
+    failed = gone + [f"rank {rank}:\n{answer}" for rank, (ok, answer) in sorted(found.items()) if not ok]
     assert not failed, "\n".join(failed)
     return [found[rank][1] for rank in range(count)]
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from torch import optim
 
 from autoshard.errors import CheckpointError
 from autoshard.runtime import checkpoint
+from autoshard.runtime.checkpoint import blocks
 from autoshard.runtime.checkpoint import folder as folders
 from autoshard.runtime.in_process import InProcess
 from autoshard.runtime.module import Sharded
@@ -312,20 +316,11 @@ def disk_full():
 
 
 def no_space():
-    import errno
-
-    from autoshard.runtime.checkpoint import blocks
-
-    def write(self, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    blocks.Hashed.write = write
+    blocks.Hashed.write = no_space_write
 
 
 def terminated():
     import signal
-
-    from autoshard.runtime.checkpoint import blocks
 
     real = blocks.tensor_bytes
     blocks.tensor_bytes = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), real(*args))[1]
@@ -338,6 +333,84 @@ def test_what_fails_on_one_rank_is_one_clean_error_on_all(tmp_path, how, why, ba
     assert all(why in message for message, _ in found)
     assert found[0][1] == ["step-00000001"]
     checkpoint.verify(tmp_path)
+
+
+# ---- beside training ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_beside_training_is_what_was_there(tmp_path, monkeypatch):
+    run = InProcess(program(dtype="float64"), Plain(torch.float64))
+    optimizer = run.optimizer(optim.AdamW, lr=0.05)
+    go, real = threading.Event(), blocks.write
+    monkeypatch.setattr(checkpoint, "write", lambda *args: (go.wait(30), real(*args))[1])
+    scheduler, data = optim.lr_scheduler.StepLR(optimizer, 1, 0.5), {"at": [1]}
+    states = []
+    for step in (1, 2, 3):
+        run.train_step(**batch(torch.float64))
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        states.append({k: t.clone() for k, t in run.state_dict().items()})
+        if step == 1:
+            promised = run.save(tmp_path, step=1, scheduler=scheduler, data=data, wait=False)
+            data["at"].append(2)
+    assert folders.steps(tmp_path) == [] and promised == tmp_path / "step-00000001"
+    go.set()
+    assert run.saved() == promised and run.saved() is None
+    checkpoint.verify(promised)
+    other = InProcess(program(dtype="float64"), Plain(torch.float64))
+    again = other.optimizer(optim.AdamW, lr=0.05)
+    found = other.load(tmp_path, scheduler=optim.lr_scheduler.StepLR(again, 1, 0.5))
+    assert found.data == {"at": [1]} and again.param_groups[0]["lr"] == 0.025
+    assert all(torch.equal(t, states[0][k]) for k, t in other.state_dict().items())
+    other.train_step(**batch(torch.float64))
+    again.step()
+    assert all(torch.equal(t, states[1][k]) for k, t in other.state_dict().items())
+
+
+def beside(folder, bad):
+    """Saves while training goes on; what one rank can't write is one error on all, at the next save; after that all is well."""
+    run = Sharded(program(), Plain(), device=torch.device("cpu"), compile=False)
+    optimizer = run.optimizer(optim.AdamW, lr=0.05)
+    real, said = blocks.Hashed.write, []
+    for step in range(1, 6):
+        run.train_step(**batch())
+        optimizer.step()
+        if run.comm.rank == bad:
+            blocks.Hashed.write = no_space_write if step == 2 else real
+        try:
+            run.save(folder, step=step, wait=False, keep=3)
+        except CheckpointError as error:
+            said.append((step, str(error).splitlines()[0]))
+        if step == 2:
+            time.sleep(0.3)  # for the writer to come to it
+    run.saved()
+    return said
+
+
+def no_space_write(self, data):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failure_beside_training_is_one_error_at_the_next_save(tmp_path):
+    found = ranks(4, beside, str(tmp_path), 2)
+    assert found == [[(3, "the checkpoint can't be written: No space left on device")]] * 4
+    assert [step for step, _ in folders.steps(tmp_path)] == [5, 4, 1]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".tmp")]
+    checkpoint.verify(tmp_path)
+
+
+def test_a_failure_that_nobody_asks_for_is_logged(caplog):
+    from autoshard.runtime.checkpoint.background import Background
+
+    def work():
+        raise CheckpointError("no room")
+
+    failed = Background(work)
+    failed._unasked()
+    assert "what was saved last isn't there: no room" in caplog.text
+    with pytest.raises(CheckpointError, match="no room"):
+        failed.result()
 
 
 def second_job(folder):

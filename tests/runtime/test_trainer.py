@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from autoshard.cli import run
 from autoshard.config import Config, Metrics, load, parse
 from autoshard.errors import ConfigError
+from autoshard.runtime.checkpoint import blocks, verify
 from autoshard.runtime.metrics import NAMES, JsonLines, open_sinks
 from autoshard.runtime.trainer import rate
 
@@ -197,6 +199,34 @@ def test_folders_that_cannot_serve_are_told_before_anything_is_made(tiny: Path, 
     assert "nothing to resume from" in capfd.readouterr().err
 
 
+def test_checkpoints_in_the_background(tiny: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--set", "checkpoints.background=true", "--set", "checkpoints.every=2"]
+    assert run(["train", str(tiny), *given, "--set", "run.steps=5"]) == 0
+    said = capfd.readouterr().out
+    assert [line.rpartition("-")[2] for line in said.splitlines() if line.startswith("writing ")] == ["00000002", "00000004", "00000005"]
+    assert sum(line.startswith("saved ") for line in said.splitlines()) == 1
+    checkpoints = tiny.parent / "checkpoints"
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000004", "step-00000005"]
+    verify(checkpoints)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(blocks.Hashed, "write", full)
+    assert run(["train", str(tiny), *given, "--resume"]) == 5  # steps 6 and 8: the second save tells what came of the first
+    captured = capfd.readouterr()
+    assert "No space left on device" in captured.err and "Traceback" not in captured.err and "step      8" in captured.out
+
+
+def test_metrics_that_cannot_be_written_end_nothing(tiny: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: JsonLines, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(JsonLines, "write", full)
+    assert run(["train", str(tiny), "--set", "run.steps=2"]) == 0
+    assert "step 2: metrics can't be written: No space left on device" in capfd.readouterr().out
+
+
 def test_arguments_that_text_does_not_fill(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for fields, says in (("{tokens: tokens, words: next}", "takes no 'words'"), ("{targets: next}", "also takes 'tokens'")):
         assert run(["train", str(tiny), "--set", f"data.fields={fields}"]) == 3
@@ -308,7 +338,6 @@ def test_the_real_packages(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_DIR", str(tiny.parent))
     given = ["--set", f"metrics.tensorboard={tiny.parent}/board", "--set", "metrics.wandb=mine"]
     assert run(["train", str(tiny), *given, "--set", "run.steps=4"]) == 0
-    (last,) = (tiny.parent / "checkpoints").glob("step-*")
     assert run(["train", str(tiny), *given, "--set", "run.steps=6", "--resume"]) == 0
     board = accumulator.EventAccumulator(f"{tiny.parent}/board")
     board.Reload()

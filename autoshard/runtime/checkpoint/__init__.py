@@ -3,7 +3,7 @@
 Any plan loads any plan's checkpoint: each rank writes the shards that it owns, and reads the parts that it needs, so that no rank holds
 the whole. What is restored: weights, buffers, optimizers' state and groups, a scheduler, seeds and generators, the data's position.
 `save` and `load` are collective and either succeed or raise the same CheckpointError on every rank; a half-written or damaged checkpoint
-is never taken for a whole one. Saving is synchronous: when `save` returns the checkpoint is on disk, and training stands still until then.
+is never taken for a whole one. When `save` returns the checkpoint is on disk; with wait=False a thread writes it while training goes on.
 
     folder/step-00000010/manifest.json  manifest.sha256  rank-00000.safetensors  rank-00001.safetensors …
 """
@@ -18,7 +18,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -26,12 +26,13 @@ from ...errors import CheckpointError
 from ..trainable import Trainable
 from . import folder as folders
 from . import plain, state
+from .background import Background
 from .blocks import DTYPES, NAMES, Source, write
 from .manifest import MANIFEST, MAX_STEP, SEAL, Manifest, file_name, seal
 from .pieces import Logical, Piece, covers
 from .reader import Checkpoint
 
-__all__ = ["Checkpoint", "Restored", "inspect", "load", "newest", "prepare", "release", "save", "verify"]
+__all__ = ["Checkpoint", "Restored", "finish", "inspect", "load", "newest", "prepare", "release", "save", "verify"]
 log = logging.getLogger("autoshard")
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
@@ -55,6 +56,7 @@ class Ranks(Protocol):
 
     def share(self, text: str, source: int = 0) -> str: ...
     def together(self, work: Callable[[], T]) -> T: ...
+    def aside(self) -> Ranks: ...
 
 
 class Alone:
@@ -67,6 +69,9 @@ class Alone:
 
     def together(self, work: Callable[[], T]) -> T:
         return work()
+
+    def aside(self) -> Ranks:
+        return self
 
 
 def ranks_of(run: Trainable) -> Ranks:
@@ -86,39 +91,98 @@ def save(
     data: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     keep: int | None = None,
+    wait: bool = True,
 ) -> Path:
     """Write folder/step-00000010 and give its path (a collective call: same arguments on all ranks; the first rank's `scheduler`,
-    `data` and `extra` count). `keep`: how many checkpoints stay, this one among them. Raises CheckpointError on every rank."""
+    `data` and `extra` count). `keep`: how many checkpoints stay, this one among them. Raises CheckpointError on every rank.
+
+    Without `wait`, what is saved is copied to host memory and written by a thread, while training goes on; it is there once `finish`
+    returns. The next `save`, `load` or `finish` waits for it, and raises if it failed.
+    """
     if type(step) is not int or not 0 <= step <= MAX_STEP or (keep is not None and (type(keep) is not int or keep < 1)):
         raise CheckpointError(f"step={step!r}, keep={keep!r}; expected whole numbers, keep at least 1")
-    ranks, places = ranks_of(sharded), state.Places(sharded)
-    root = Path(os.path.abspath(folder))
+    finish(sharded)
+    ranks, root = ranks_of(sharded), Path(os.path.abspath(folder))
+    first = ranks.rank == 0
+    beside = {"scheduler": scheduler.state_dict() if scheduler is not None and first else None, "data": data, "extra": extra}
     with _stoppable() as pause:
-        first = ranks.rank == 0
 
         def start() -> str:
             pause()
             return str(folders.begin(root, step)) if first else ""
 
         temporary = Path(ranks.share(ranks.together(clean(start, root))))
-        try:
-            mine = ranks.together(clean(lambda: _write(places, temporary, pause), root))
-            written = [json.loads(ranks.share(mine, r)) for r in range(ranks.size)]
-            beside = {"scheduler": scheduler.state_dict() if scheduler is not None and first else None, "data": data, "extra": extra}
+        with _or_gone(temporary, first):
+            made = ranks.together(clean(lambda: _collect(sharded, beside if first else {}, copied=not wait), root))
+        if wait:
+            return _publish(ranks, made, temporary, root, step, keep, pause)
+    aside = ranks.aside()
+    sharded.saving = Background(lambda: _publish(aside, made, temporary, root, step, keep, lambda: None))
+    return root / folders.name(step)
 
-            def finish() -> None:
-                pause()
-                if first:
-                    _seal(temporary, step, sharded, written, beside)
 
-            ranks.together(clean(finish, root))
-            path = ranks.share(ranks.together(clean(lambda: str(folders.publish(temporary, root, step)) if first else "", root)))
-        except BaseException:
+def finish(sharded: Trainable) -> Path | None:
+    """Wait for what `save` without `wait` began; its path, None where there was nothing (all ranks call it). Raises its CheckpointError."""
+    saving, sharded.saving = getattr(sharded, "saving", None), None
+    return None if saving is None else saving.result()
+
+
+@contextmanager
+def _or_gone(temporary: Path, first: bool) -> Iterator[None]:
+    """A temporary folder goes when something fails."""
+    try:
+        yield
+    except BaseException:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@dataclass
+class _Made:
+    """What this process is about to write: per rank its parts and values; and what the manifest says beside tensors."""
+
+    ranks: list[tuple[int, list[state.Part], dict[str, Any]]]
+    tied: dict[str, str]
+    facts: dict[str, Any]
+
+
+def _collect(run: Trainable, beside: Mapping[str, Any], copied: bool) -> _Made:
+    """`copied`: in host memory, so that training may go on."""
+    places, made = state.Places(run), list[tuple[int, list[state.Part], dict[str, Any]]]()
+    for own in run.states:
+        parts = list(state.parts(places, own, first=own.rank == 0))
+        unknown = next((p for p in parts if 0 not in p.local and p.dtype not in NAMES), None)
+        if unknown is not None:
+            raise CheckpointError(f"{unknown.key} is {unknown.dtype}, which a safetensors file can't hold")
+        made.append((own.rank, [_copied(p) for p in parts] if copied else parts, state.values(places, own)))
+    facts = state.facts(run) | {"values": {}} | {key: plain.encode(value, key) for key, value in beside.items()}
+    return _Made(made, state.tied(run), facts)
+
+
+def _copied(part: state.Part) -> state.Part:
+    if 0 in part.local:
+        return part
+    tensor = part.make().detach().to("cpu", copy=True)
+    return replace(part, make=lambda: tensor)
+
+
+def _publish(ranks: Ranks, made: _Made, temporary: Path, root: Path, step: int, keep: int | None, pause: Callable[[], None]) -> Path:
+    """Write, seal, give it its name, and take older ones away."""
+    first = ranks.rank == 0
+    with _or_gone(temporary, first):
+        mine = ranks.together(clean(lambda: _write(made, temporary, pause), root))
+        written = [json.loads(ranks.share(mine, r)) for r in range(ranks.size)]
+
+        def sealed() -> None:
+            pause()
             if first:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        if first and keep is not None:
-            folders.prune(root, keep, Path(path))
+                _seal(temporary, step, made, written)
+
+        ranks.together(clean(sealed, root))
+        path = ranks.share(ranks.together(clean(lambda: str(folders.publish(temporary, root, step)) if first else "", root)))
+    if first and keep is not None:
+        folders.prune(root, keep, Path(path))
     return Path(path)
 
 
@@ -178,29 +242,25 @@ def _stoppable() -> Iterator[Callable[[], None]]:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _write(places: state.Places, temporary: Path, pause: Callable[[], None]) -> str:
+def _write(made: _Made, temporary: Path, pause: Callable[[], None]) -> str:
     """Write the files of this process's ranks. What the manifest has to say of them, as JSON."""
     files, tensors, values = dict[str, Any](), dict[str, list[Any]](), dict[str, Any]()
-    for state_ in places.run.states:
-        parts = list(state.parts(places, state_, first=state_.rank == 0))
-        name = file_name(state_.rank)
+    for rank, parts, singles in made.ranks:
+        name = file_name(rank)
         sources = [Source(p.key, p.dtype, p.local, p.make) for p in parts if 0 not in p.local]
-        unknown = next((s for s in sources if s.dtype not in NAMES), None)
-        if unknown is not None:
-            raise CheckpointError(f"{unknown.key} is {unknown.dtype}, which a safetensors file can't hold")
         if sources:
             files[name] = write(temporary / name, sources, {"format": "pt"}, pause)
         for p in parts:
             entry = tensors.setdefault(p.key, [NAMES[p.dtype], p.shape, []])
             if 0 not in p.local:
                 entry[2].append([name, p.runs])
-        values.update(state.values(places, state_))
+        values.update(singles)
     return json.dumps([files, tensors, values])
 
 
-def _seal(temporary: Path, step: int, run: Trainable, written: list[Any], beside: Mapping[str, Any]) -> None:
+def _seal(temporary: Path, step: int, made: _Made, written: list[Any]) -> None:
     """Write the manifest of what all ranks have written, and its hash."""
-    manifest = Manifest(step, tied=state.tied(run), state=state.facts(run) | {"values": {}})
+    manifest = Manifest(step, tied=made.tied, state=made.facts)
     found: dict[str, tuple[str, tuple[int, ...], list[Piece]]] = {}
     for files, tensors, values in written:
         manifest.files |= {name: (size, hashes) for name, (size, hashes) in files.items()}
@@ -212,8 +272,6 @@ def _seal(temporary: Path, step: int, run: Trainable, written: list[Any], beside
     for key, (dtype, shape, pieces_) in found.items():
         manifest.tensors[key] = Logical(DTYPES[dtype], shape, tuple(pieces_))
         assert not covers(shape, pieces_), f"{key}: {covers(shape, pieces_)}"
-    for key, value in beside.items():
-        manifest.state[key] = plain.encode(value, key)
     seal_folder(temporary, manifest)
 
 
@@ -230,6 +288,7 @@ def load(folder: PathLike, sharded: Trainable, *, scheduler: Any = None, step: i
     """Go on from the newest whole checkpoint in a folder (a collective call). A damaged one is passed over with a warning, unless
     `step` asks for it or `folder` is the checkpoint itself. Raises CheckpointError on every rank: where there is none, or where it holds
     another model's weights."""
+    finish(sharded)
     ranks = ranks_of(sharded)
     choices = json.loads(ranks.share(ranks.together(lambda: json.dumps(_choices(Path(folder), step)) if ranks.rank == 0 else "[]")))
     source = _first_whole(ranks, [Path(path) for path in choices])
