@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     a = arguments(argv)
     work = find(a.work, {name: getattr(a, name) for name in SIZES}, a.tiny)
     count = a.ranks or (asked(a.plan[0])[0].ranks if a.plan else work.ranks)
-    code = launch("benchmarks.plans", sys.argv[1:] if argv is None else argv, count)
+    code = launch("benchmarks.plans", sys.argv[1:] if argv is None else argv, count, a.device)
     if code is not None:
         sys.exit(code)
     ranks = Ranks.here(a.device)
