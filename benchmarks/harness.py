@@ -116,10 +116,10 @@ def compiled() -> dict[str, Any]:
 
     return {
         "graphs": counters["stats"].get("unique_graphs", 0),
-        "graph_breaks": dict(counters["graph_break"]),
+        "graph_breaks": {str(reason).splitlines()[0][:120]: count for reason, count in counters["graph_break"].items()},
         "frames_total": counters["frames"].get("total", 0),
         "frames_ok": counters["frames"].get("ok", 0),
-        "unimplemented": dict(counters["unimplemented"]),
+        "unimplemented": {str(reason).splitlines()[0][:120]: count for reason, count in counters["unimplemented"].items()},
     }
 
 

@@ -184,7 +184,6 @@ def _gpt2(c: Shape) -> nn.Module:
         vocab_size=c.vocab, n_positions=c.seq, n_embd=c.hidden, n_layer=c.layers, n_head=c.heads, n_inner=c.ffn, use_cache=False,
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    config.loss_type = "ForCausalLM"
     return GPT2LMHeadModel(_sdpa(config))
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.plans --work llama-8b-layers --ranks 4 --batch 16 --top 6                  # the planner's best, in 4 processes
     python -m benchmarks.plans --work llama-8b-layers --ranks 4 --batch 16 --plan 'tp=4' --plan 'dp=2 pp=2 x 4' --pins '{"zero": false}'
 
-A `--plan` is a mesh and maybe a count of microbatches. Step times are medians, the optimizer with float32 masters included, as predicted;
+A `--plan` is a mesh, maybe a count of microbatches and pins of its own ('tp=2 x 4 {"zero": false}'). Step times are medians, the optimizer with float32 masters included, as predicted;
 memory is the peak of what is allocated beyond what was there before, the largest of all ranks (on the CPU it isn't counted).
 """
 
@@ -55,15 +55,17 @@ class Candidate:
 # ---- which plans ----------------------------------------------------------------------------------------------------
 
 
-def asked(text: str) -> tuple[Mesh, int | None]:
-    """'dp=2 tp=2 x 4' → the mesh, the count of microbatches.
+def asked(text: str) -> tuple[Mesh, int | None, dict[str, Any]]:
+    """A plan's mesh, its count of microbatches and its own pins.
 
-    >>> asked("dp=2 tp=2 x 4")[1], str(asked("tp=2")[0])
-    (4, 'pp=1 dp=1 tp=2')
+    >>> str(asked("tp=2")[0]), asked("tp=2")[1:], asked('dp=2 tp=2 x 4 {"zero": false}')[1:]
+    ('pp=1 dp=1 tp=2', (None, {}), (4, {'zero': False}))
     """
-    mesh, _, count = text.partition(" x ")
+    degrees, brace, pins = text.partition("{")
+    mesh, _, count = degrees.partition(" x ")
     parsed = Mesh.parse(mesh)
-    return Mesh.of(dict(zip(parsed.names, parsed.sizes, strict=True))), int(count) if count.strip() else None
+    found = Mesh.of(dict(zip(parsed.names, parsed.sizes, strict=True)))
+    return found, int(count) if count.strip() else None, json.loads(brace + pins) if brace else {}
 
 
 def candidates(graph: Graph, cluster: autoshard.Cluster, a: argparse.Namespace) -> list[Candidate]:
@@ -84,12 +86,12 @@ def candidates(graph: Graph, cluster: autoshard.Cluster, a: argparse.Namespace) 
 
 
 def planned(graph: Graph, cluster: autoshard.Cluster, text: str, pins: dict[str, Any]) -> Candidate:
-    mesh, count = asked(text)
+    mesh, count, own = asked(text)
     try:
-        plan = search(graph, cluster, mesh, count, pins)
+        plan = search(graph, cluster, mesh, count, {**pins, **own})
     except AutoshardError as error:
         return Candidate(text, problem=str(error).splitlines()[0])
-    return Candidate(f"{mesh} x {plan.microbatches}", plan)
+    return Candidate(" ".join([str(mesh), f"x {plan.microbatches}", *([json.dumps(own)] if own else [])]), plan)
 
 
 # ---- what each takes ------------------------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     p.add_argument("--ranks", type=int, help="processes (default: the work's)")
     p.add_argument(
-        "--plan", action="append", default=[], metavar="MESH [x COUNT]", help="a plan to try, as 'dp=2 tp=2 x 4'; again for more"
+        "--plan", action="append", default=[], metavar="MESH [x COUNT] [PINS]", help="a plan to try, as 'dp=2 tp=2 x 4'; again for more"
     )
     p.add_argument("--top", type=int, help="the planner's best so many (default: 4, if no --plan is given)")
     p.add_argument("--pins", type=json.loads, default={}, help="decisions to hold fixed, as JSON")
@@ -248,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     a = arguments(argv)
     work = find(a.work, {name: getattr(a, name) for name in SIZES}, a.tiny)
     count = a.ranks or (asked(a.plan[0])[0].ranks if a.plan else work.ranks)
-    code = launch("benchmarks.plans", sys.argv[1:] if argv is None else argv, count)
+    code = launch("benchmarks.plans", sys.argv[1:] if argv is None else argv, count, a.device)
     if code is not None:
         sys.exit(code)
     ranks = Ranks.here(a.device)

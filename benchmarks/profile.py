@@ -30,7 +30,7 @@ from .works import WORKS, Work, find
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     a = arguments(argv)
     work = find(a.work, {name: getattr(a, name) for name in SIZES}, a.tiny)
-    code = launch("benchmarks.profile", sys.argv[1:] if argv is None else argv, work.ranks)
+    code = launch("benchmarks.profile", sys.argv[1:] if argv is None else argv, work.ranks, a.device)
     if code is not None:
         sys.exit(code)
     ranks = Ranks.here(a.device)
@@ -79,7 +79,8 @@ def one(spec: Spec, task: Task, steps: int, folder: Path) -> dict[str, Any]:
     whole = task.work.batch(0, task.device, task.dtype)
     batch = made.prepare({name: tensor[: made.work.shape.batch] for name, tensor in whole.items()})
     plain = harness.median(harness.in_turns({"": lambda: made.step(batch)}, max(3, steps), task.device)[""])
-    trace = trace_of(lambda: made.step(batch), steps, task.device, folder / f"trace-{task.work.name}-{_file(spec)}-{task.ranks.rank}.json")
+    path = folder / f"trace-{task.work.name}-{_file(spec)}-{task.ranks.rank}.json.gz"
+    trace = trace_of(lambda: made.step(batch), steps, task.device, path)
     found = traces.breakdown(traces.load(trace)).per(steps)
     return {
         "ms": plain * 1e3,

@@ -7,6 +7,7 @@ is this process among them, alone if nothing else was started.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,13 +20,25 @@ import torch.distributed as dist
 from autoshard.runtime.comm import join
 
 
-def launch(module: str, argv: Sequence[str], count: int) -> int | None:
-    """Run `python -m module` in `count` processes, if that hasn't happened yet; its exit code. None: this process is to do the work."""
+def launch(module: str, argv: Sequence[str], count: int, kind: str) -> int | None:
+    """Run `python -m module` in `count` processes, if that hasn't happened yet; its exit code. None: this process is to do the work.
+    Raises SystemExit if there are fewer devices of the kind."""
     if count == 1 or "RANK" in os.environ:
         return None
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    if kind == "cuda" and torch.cuda.device_count() < count:
+        raise SystemExit(f"{module} needs {count} GPUs for this, {torch.cuda.device_count()} are here")
+    # by address: a machine's own name needn't resolve
+    where = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(count)]
     # a fixed seed: ranks that go through a set of words do it in one order
     return subprocess.run([*torchrun, "-m", module, *argv], env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **os.environ}).returncode
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 @dataclass

@@ -265,7 +265,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     a = arguments(argv)
     work = find(a.work, {name: getattr(a, name) for name in SIZES}, a.tiny)
-    code = launch("benchmarks.step", sys.argv[1:] if argv is None else argv, work.ranks)
+    code = launch("benchmarks.step", sys.argv[1:] if argv is None else argv, work.ranks, a.device)
     if code is not None:
         sys.exit(code)
     ranks = Ranks.here(a.device)

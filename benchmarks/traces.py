@@ -13,6 +13,7 @@ up to the span. A kernel counts for the time in which no computation that starte
 from __future__ import annotations
 
 import bisect
+import gzip
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -118,7 +119,8 @@ def _own(calls: Sequence[Kernel]) -> list[Kernel]:
 
 
 def load(path: Path) -> list[Kernel]:
-    return kernels(json.loads(path.read_text()))
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        return kernels(json.load(file))
 
 
 def breakdown(ran: Sequence[Kernel]) -> Breakdown:

@@ -216,10 +216,10 @@ WORKS: dict[str, Work] = {
             "vit-350m", replace(_350M, vocab=1000, seq=196, batch=64, family="vit", dropout=0.0), ("hf",), peers=("plain-compile",),
         ),
         Work("llama-8b-layers-mb8", replace(_8B, batch=16), microbatches=8, peers=("plain-compile",), about="8 microbatches on one device"),
-        Work("llama-8b-layers-12-tp2", _12, mesh="tp=2", peers=("megatron",), about="sequence parallel beside tensor parallel"),
+        Work("llama-8b-layers-12-tp2", _12, mesh="tp=2", peers=("plain-compile", "megatron"), about="sequence parallel beside it"),
         Work("llama-8b-layers-12-dp2", replace(_12, batch=4), mesh="dp=2", peers=("ddp-compile", "fsdp2-compile")),
         Work(
-            "llama-8b-layers-12-pp2", replace(_12, batch=16), mesh="pp=2", microbatches=8, peers=("half-compile",),
+            "llama-8b-layers-12-pp2", replace(_12, batch=16), mesh="pp=2", microbatches=8, peers=("half-compile", "plain-compile"),
             about="beside one device with half the layers and the same microbatches",
         ),
     )

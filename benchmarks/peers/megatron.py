@@ -7,7 +7,6 @@ Its weights are those of the model that the others run, its loss the mean over t
 from __future__ import annotations
 
 import importlib.util
-import socket
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import build
+from ..ranks import free_port
 from ..works import Batch
 from . import Absent, Made, Task, adamw
 from .weights import load, take
@@ -87,10 +87,7 @@ def _initialise(task: Task) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, device_id=task.device)
+        dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1, device_id=task.device)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=task.ranks.size)
     model_parallel_cuda_manual_seed(1)

@@ -37,7 +37,7 @@ def _make(task: Task, masters: bool) -> Made:
         optimizer.zero_grad()
         return loss.detach()
 
-    return Made(step, work, task.ranks.size, sharded=sharded)
+    return Made(step, work, task.ranks.size, sharded=sharded, precise="fp8" not in str(task.options))
 
 
 def uncompiled(made: Made, batch: Any) -> dict[str, Any]:
