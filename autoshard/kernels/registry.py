@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import layer_norm, rms_norm
+from . import gated_mlp, layer_norm, rms_norm, rotary
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,38 @@ KERNELS = Table(
             rule="… h!, … h!, h!, h! -> … h!, … h!",
             applies=layer_norm.add_applies,
             cost=layer_norm.add_cost,
+        ),
+        Kernel(
+            name="rotary",
+            op="autoshard.rotary.default",
+            reference=rotary.reference,
+            rule="b h s e!, b k s e!, b s r!, b s r! -> b h s e!, b k s e!",
+            applies=rotary.applies,
+            cost=rotary.cost,
+        ),
+        Kernel(  # heads are counted by its arguments: a packed projection is cut before it is packed
+            name="rotary_packed",
+            op="autoshard.rotary_packed.default",
+            reference=rotary.packed_reference,
+            rule="b s p!, b s r!, b s r! -> b h! s e!, b k! s e!, b k! s e!",
+            applies=rotary.packed_applies,
+            cost=rotary.packed_cost,
+        ),
+        Kernel(
+            name="gated_mlp",
+            op="autoshard.gated_mlp.default",
+            reference=gated_mlp.reference,
+            rule="… f, … f -> … f",
+            applies=gated_mlp.applies,
+            cost=gated_mlp.cost,
+        ),
+        Kernel(
+            name="gated_mlp_packed",
+            op="autoshard.gated_mlp_packed.default",
+            reference=gated_mlp.packed_reference,
+            rule="… p! -> … f!",
+            applies=gated_mlp.packed_applies,
+            cost=gated_mlp.packed_cost,
         ),
     )
 )
