@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import gated_mlp, layer_norm, rms_norm, rotary
+from . import adamw, gated_mlp, layer_norm, rms_norm, rotary
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,14 @@ KERNELS = Table(
             rule="… p! -> … f!",
             applies=gated_mlp.packed_applies,
             cost=gated_mlp.packed_cost,
+        ),
+        Kernel(
+            name="adamw",
+            op="autoshard.adamw.default",
+            reference=adamw.reference,
+            rule="n, n, n, n, n, , , , , -> ",
+            applies=adamw.applies,
+            cost=adamw.cost,
         ),
     )
 )
