@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import adamw, gated_mlp, layer_norm, rms_norm, rotary
+from . import adamw, cross_entropy, gated_mlp, layer_norm, rms_norm, rotary
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,22 @@ KERNELS = Table(
             rule="… p! -> … f!",
             applies=gated_mlp.packed_applies,
             cost=gated_mlp.packed_cost,
+        ),
+        Kernel(  # cut along the vocabulary through `start` and `combine`, not by the rule: its maximum and sums aren't plain sums
+            name="head_partials",
+            op="autoshard.head_partials.default",
+            reference=cross_entropy.reference,
+            rule="r h!, v! h!, r, -> r, r, r, r",
+            applies=cross_entropy.applies,
+            cost=cross_entropy.cost,
+        ),
+        Kernel(
+            name="linear_cross_entropy",
+            op="autoshard.linear_cross_entropy.default",
+            reference=cross_entropy.full_reference,
+            rule="r h!, v! h!, r, -> , r h!, v! h!",
+            applies=cross_entropy.applies,
+            cost=cross_entropy.full_cost,
         ),
         Kernel(
             name="adamw",
