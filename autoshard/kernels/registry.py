@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import adamw, cross_entropy, gated_mlp, layer_norm, rms_norm, rotary
+from . import adamw, cross_entropy, gated_mlp, grouped_matmul, layer_norm, moe, rms_norm, rotary
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,38 @@ KERNELS = Table(
             rule="n, n, n, n, n, , , , , -> ",
             applies=adamw.applies,
             cost=adamw.cost,
+        ),
+        Kernel(
+            name="moe_route",
+            op="autoshard.moe_route.default",
+            reference=moe.route_reference,
+            rule="t e!, e! -> t k!, t k!",
+            applies=moe.route_applies,
+            cost=moe.route_cost,
+        ),
+        Kernel(
+            name="moe_permute",
+            op="autoshard.moe_permute.default",
+            reference=moe.permute_reference,
+            rule="t! h, t! k! -> n! h, t! k!, e!",
+            applies=moe.permute_applies,
+            cost=moe.permute_cost,
+        ),
+        Kernel(
+            name="grouped_matmul",
+            op="autoshard.grouped_matmul.default",
+            reference=grouped_matmul.reference,
+            rule="n! k, e! k m, e! -> n! m",
+            applies=grouped_matmul.applies,
+            cost=grouped_matmul.cost,
+        ),
+        Kernel(
+            name="moe_unpermute",
+            op="autoshard.moe_unpermute.default",
+            reference=moe.unpermute_reference,
+            rule="n! h, t! k!, t! k! -> t! h",
+            applies=moe.unpermute_applies,
+            cost=moe.unpermute_cost,
         ),
     )
 )
