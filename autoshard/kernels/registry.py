@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import adamw, cross_entropy, gated_mlp, grouped_matmul, layer_norm, moe, rms_norm, rotary
+from . import adamw, cross_entropy, gated_mlp, grouped_matmul, layer_norm, moe, quantise, rms_norm, rotary
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,22 @@ KERNELS = Table(
             rule="n! h, t! k!, t! k! -> t! h",
             applies=moe.unpermute_applies,
             cost=moe.unpermute_cost,
+        ),
+        Kernel(
+            name="quantise",
+            op="autoshard.quantise.default",
+            reference=quantise.reference,
+            rule="r! c!, -> r! c!, c! r!, , ",
+            applies=quantise.applies,
+            cost=quantise.cost,
+        ),
+        Kernel(  # scales are those of whole tensors: cut, a shard would have its own
+            name="fp8_linear",
+            op="autoshard.fp8_linear.default",
+            reference=quantise.linear_reference,
+            rule="r! k!, n! k! -> r! n!, k! r!, k! n!, , ",
+            applies=quantise.linear_applies,
+            cost=quantise.linear_cost,
         ),
     )
 )

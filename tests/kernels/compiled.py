@@ -68,6 +68,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "moe_unpermute_backward", lambda: Op.moe_unpermute_backward(t(64, 2048), t(128, 2048), position, t(64, 2))
     yield "grouped_matmul", lambda: Op.grouped_matmul(t(2048, 2048), t(8, 4096, 2048).transpose(1, 2), ends)
     yield "grouped_matmul_backward", lambda: Op.grouped_matmul_backward(t(2048, 512), t(2048, 2048), t(8, 2048, 512), ends, [True, True])
+    if dtype == torch.bfloat16:
+        for kind in ("e4m3", "e5m2"):
+            yield f"quantise {kind}", lambda kind=kind: Op.quantise(t(256, 256), None, kind, True)
+            yield f"quantise {kind}, delayed", lambda kind=kind: Op.quantise(t(256, 256), torch.tensor(1.0), kind, False)
 
 
 class Driver:
