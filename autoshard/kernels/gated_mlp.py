@@ -86,9 +86,9 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     _activation(activation)
     g, u, f = backend.rows(gate), backend.rows(up), gate.shape[-1]
     y = gate.new_empty(gate.shape)
-    cols = min(TILE, backend.power(f))
-    device.forward[(g.shape[0], backend.blocks(f, cols))](
-        g, u, y, f, g.stride(0), u.stride(0), KIND=activation, ACC=backend.accumulator(gate.dtype), COLS=cols, num_warps=4
+    count, cols, tile = g.shape[0], min(TILE, backend.power(f)), _rows(g.shape[0], f)
+    device.forward[(backend.blocks(count, tile), backend.blocks(f, cols))](
+        g, u, y, count, f, g.stride(0), u.stride(0), KIND=activation, ACC=backend.accumulator(gate.dtype), ROWS=tile, COLS=cols, num_warps=4
     )
     return y
 
@@ -104,12 +104,17 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor
     from .device import gated_mlp as device
 
     dy, g, u, f = backend.rows(grad), backend.rows(gate), backend.rows(up), gate.shape[-1]
-    cols = min(TILE, backend.power(f))
+    count, cols, tile = g.shape[0], min(TILE, backend.power(f)), _rows(g.shape[0], f)
     out_row = dgate.stride(-2) if dgate.dim() > 1 else f
-    device.backward[(g.shape[0], backend.blocks(f, cols))](
-        dy, g, u, dgate, dup, f, dy.stride(0), g.stride(0), u.stride(0), out_row, KIND=activation, ACC=backend.accumulator(gate.dtype),
-        COLS=cols, num_warps=4,
+    device.backward[(backend.blocks(count, tile), backend.blocks(f, cols))](
+        dy, g, u, dgate, dup, count, f, dy.stride(0), g.stride(0), u.stride(0), out_row, KIND=activation,
+        ACC=backend.accumulator(gate.dtype), ROWS=tile, COLS=cols, num_warps=4,
     )  # fmt: skip
+
+
+def _rows(count: int, f: int) -> int:
+    """Of a program's tile: several, where they are short."""
+    return max(1, min(backend.power(count), TILE // backend.power(f)))
 
 
 @torch.library.custom_op("autoshard::gated_mlp", mutates_args=())

@@ -45,24 +45,29 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def forward(gate, up, y, n, gate_row, up_row, KIND: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    g = tl.load(gate + row * gate_row + col, mask=col < n, other=0.0).to(ACC)
-    u = tl.load(up + row * up_row + col, mask=col < n, other=0.0).to(ACC)
+def forward(
+    gate, up, y, count, n, gate_row, up_row, KIND: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+    inside = (row < count) & (col < n)
+    g = tl.load(gate + row * gate_row + col, mask=inside, other=0.0).to(ACC)
+    u = tl.load(up + row * up_row + col, mask=inside, other=0.0).to(ACC)
     a, _ = activate(g, KIND)
-    tl.store(y + row * n + col, (a * u).to(y.dtype.element_ty), mask=col < n)
+    tl.store(y + row * n + col, (a * u).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def backward(
-    grad, gate, up, dgate, dup, n, grad_row, gate_row, up_row, out_row, KIND: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr
+    grad, gate, up, dgate, dup, count, n, grad_row, gate_row, up_row, out_row,
+    KIND: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    g = tl.load(gate + row * gate_row + col, mask=col < n, other=0.0).to(ACC)
-    u = tl.load(up + row * up_row + col, mask=col < n, other=0.0).to(ACC)
-    dy = tl.load(grad + row * grad_row + col, mask=col < n, other=0.0).to(ACC)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+    inside = (row < count) & (col < n)
+    g = tl.load(gate + row * gate_row + col, mask=inside, other=0.0).to(ACC)
+    u = tl.load(up + row * up_row + col, mask=inside, other=0.0).to(ACC)
+    dy = tl.load(grad + row * grad_row + col, mask=inside, other=0.0).to(ACC)
     a, slope = activate(g, KIND)
-    tl.store(dgate + row * out_row + col, (dy * u * slope).to(dgate.dtype.element_ty), mask=col < n)
-    tl.store(dup + row * out_row + col, (dy * a).to(dup.dtype.element_ty), mask=col < n)
+    tl.store(dgate + row * out_row + col, (dy * u * slope).to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dup + row * out_row + col, (dy * a).to(dup.dtype.element_ty), mask=inside)
