@@ -3,6 +3,7 @@ and peers.
 
     python -m benchmarks.kernels                                   # all of them, at the shapes of an 8B Llama's layers
     python -m benchmarks.kernels --only rms_norm,rotary --tokens 16384
+    python -m benchmarks.kernels --only norms --tune norm.TILE=2048,4096,8192 --tune norm.WAVES=1,2,4       # constants of the modules
 
 Before anything is timed, outputs and gradients are compared with the reference's. On CUDA a step is captured as a graph and replayed, so
 that the device is timed and not the host (what can't be captured runs as it is, and the record says so). The copy bandwidth and the
@@ -14,6 +15,8 @@ benchmark; and for each gain a line for the registry.
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -324,6 +327,44 @@ def measure(case: Case, a: argparse.Namespace, device: torch.device, rates: tupl
     return found
 
 
+def tuned(case: Case, a: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Milliseconds of ours under each combination of the constants that `--tune` names, which are put back afterwards."""
+    places = [(importlib.import_module(f"autoshard.kernels.{module}"), name) for module, name, _ in a.tune]
+    before = [getattr(module, name) for module, name in places]
+    found: dict[str, float] = {}
+    try:
+        for values in itertools.product(*(choices for _, _, choices in a.tune)):
+            for (module, name), value in zip(places, values, strict=True):
+                setattr(module, name, value)
+            label = ", ".join(f"{module}.{name}={value}" for (module, name, _), value in zip(a.tune, values, strict=True))
+            try:
+                step = Step(case, case.ours)
+                step()
+                call, _ = graphed(step, device, a.repeat)
+                found[label] = harness.median(harness.in_turns({"ours": call}, a.rounds, device)["ours"]) / a.repeat * 1e3
+            except Exception as error:  # more than a device has: an answer too
+                print(f"{'':34}{label}: {type(error).__name__}: {str(error)[:100]}")
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)
+    for label, ms in sorted(found.items(), key=lambda item: item[1]):
+        print(f"{'':56}{ms:10.3f}  {label}")
+    return found
+
+
+def constant(text: str) -> tuple[str, str, list[Any]]:
+    """norm.TILE=2048,4096: a module of the kernels, its constant, values of the constant's kind."""
+    place, _, values = text.partition("=")
+    module, _, name = place.rpartition(".")
+    try:
+        kind = type(getattr(importlib.import_module(f"autoshard.kernels.{module}"), name))
+        return module, name, [value == "True" if kind is bool else kind(value) for value in values.split(",")]
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a constant of a module and values, as norm.TILE=2048,4096 ({error})"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     a = arguments(argv)
     device = torch.device(a.device)
@@ -341,6 +382,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             found = measure(case, a, device, rates)
             results.append(found)
             report(found, machine, case.against)
+            if a.tune:
+                found["tuned"] = tuned(case, a, device)
             if device.type == "cuda":
                 harness.collect()
     content = {"dtype": a.dtype, "arguments": vars(a), "copy_bytes_per_s": rates[0], "matmul_flops_per_s": rates[1], "kernels": results}
@@ -371,6 +414,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--rounds", type=int, default=20, help="timed rounds, each of `repeat` steps of every implementation")
     p.add_argument("--repeat", type=int, default=5)
+    p.add_argument("--tune", type=constant, action="append", default=[], metavar="MODULE.NAME=VALUES", help="try all combinations")
     p.add_argument("--no-compile", dest="compile", action="store_false")
     p.add_argument("--results", default=str(harness.RESULTS), help="folder of the record; empty: none")
     a = p.parse_args(argv)

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import backend
 
 BLOCK = 1024  # elements of a program
+WARPS = 4
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def adamw(
     log1, log2 = (math.log(beta) if beta > 0 else -1e30 for beta in (beta1, beta2))
     device.update[(backend.blocks(n, BLOCK),)](
         param, grad, exp_avg, exp_avg_sq, master, lr, step, clip, skip, seed, n, beta1, beta2, 1 - beta1, 1 - beta2, log1, log2, eps,
-        weight_decay, BLOCK=BLOCK, num_warps=4,
+        weight_decay, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -90,9 +90,12 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.numel() == 0 else flat.contiguous()
 
 
+PER_WARP = 512  # elements
+
+
 def warps(elements: int) -> int:
     """For a program that holds so many elements of a few values in registers."""
-    return max(1, min(16, elements // 512))
+    return max(1, min(16, elements // PER_WARP))
 
 
 HALF = (torch.float16, torch.bfloat16)

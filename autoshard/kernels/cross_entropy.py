@@ -33,6 +33,7 @@ from . import backend
 
 CHUNK_BYTES = 256 << 20
 BLOCK = 4096  # elements of a row that a program holds at a time
+WARPS = 8
 
 
 # ---- meaning
@@ -125,7 +126,7 @@ class Chunks:
         block = min(BLOCK, backend.power(logits.shape[1]))
         device.statistics[(logits.shape[0],)](
             logits, self.labels[at], self.start, *(o[at] for o in outs), logits.shape[1], logits.stride(0), self.scale, self.softcap or 1.0,
-            CAP=self.softcap > 0, ACC=backend.accumulator(self.x.dtype), BLOCK=block, num_warps=8,
+            CAP=self.softcap > 0, ACC=backend.accumulator(self.x.dtype), BLOCK=block, num_warps=WARPS,
         )  # fmt: skip
 
     def gradient(self, at: slice, logits: Tensor, top: Tensor, g_total: Tensor, g_target: Tensor, g_plain: Tensor) -> None:
@@ -145,7 +146,7 @@ class Chunks:
         block = min(BLOCK, backend.power(logits.shape[1]))
         device.gradient[(logits.shape[0], backend.blocks(logits.shape[1], block))](
             logits, self.labels[at], self.start, top, g_total, g_target, g_plain, logits.shape[1], logits.stride(0), self.scale,
-            self.softcap or 1.0, CAP=self.softcap > 0, ACC=backend.accumulator(self.x.dtype), BLOCK=block, num_warps=8,
+            self.softcap or 1.0, CAP=self.softcap > 0, ACC=backend.accumulator(self.x.dtype), BLOCK=block, num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from . import backend
 
 TILE = 1024  # elements that a program holds
+WARPS = 4
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -88,7 +89,18 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     y = gate.new_empty(gate.shape)
     count, cols, tile = g.shape[0], min(TILE, backend.power(f)), _rows(g.shape[0], f)
     device.forward[(backend.blocks(count, tile), backend.blocks(f, cols))](
-        g, u, y, count, f, g.stride(0), u.stride(0), KIND=activation, ACC=backend.accumulator(gate.dtype), ROWS=tile, COLS=cols, num_warps=4
+        g,
+        u,
+        y,
+        count,
+        f,
+        g.stride(0),
+        u.stride(0),
+        KIND=activation,
+        ACC=backend.accumulator(gate.dtype),
+        ROWS=tile,
+        COLS=cols,
+        num_warps=WARPS,
     )
     return y
 
@@ -108,7 +120,7 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor
     out_row = dgate.stride(-2) if dgate.dim() > 1 else f
     device.backward[(backend.blocks(count, tile), backend.blocks(f, cols))](
         dy, g, u, dgate, dup, count, f, dy.stride(0), g.stride(0), u.stride(0), out_row, KIND=activation,
-        ACC=backend.accumulator(gate.dtype), ROWS=tile, COLS=cols, num_warps=4,
+        ACC=backend.accumulator(gate.dtype), ROWS=tile, COLS=cols, num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import backend
 
 PREFER_TORCH = True  # on Hopper, where it applies
+LARGEST, DEPTH, STAGES = 128, 64, 3  # Triton's tiles: rows and columns at most, summed elements at a time, loads in flight
 
 
 def reference(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def _torch_applies(a: Tensor, b: Tensor) -> bool:
 
 
 def _tile(n: int) -> int:
-    return max(16, min(128, backend.power(n)))
+    return max(16, min(LARGEST, backend.power(n)))
 
 
 def _product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
@@ -74,11 +75,11 @@ def _product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     from .device import grouped_matmul as device
 
     out = x.new_empty((n, m))
-    bm, bn, bk = _tile(max(1, n // e)), _tile(m), min(64, _tile(k))
+    bm, bn, bk = _tile(max(1, n // e)), _tile(m), min(DEPTH, _tile(k))
     tiles = backend.blocks(n, bm) + e  # each expert may leave one tile part full
     device.forward[(backend.blocks(m, bn), tiles)](
         x, w, out, ends, k, m, e, *x.stride(), *w.stride(), BM=bm, BN=bn, BK=bk, EXPERTS=backend.power(e),
-        ACC=backend.accumulator(x.dtype), WIDEN=x.device.type == "cpu", num_warps=8 if bm * bn > 8192 else 4, num_stages=3,
+        ACC=backend.accumulator(x.dtype), WIDEN=x.device.type == "cpu", num_warps=8 if bm * bn > 8192 else 4, num_stages=STAGES,
     )  # fmt: skip
     return out
 
@@ -96,10 +97,10 @@ def _weights(x: Tensor, g: Tensor, ends: Tensor) -> Tensor:
     from .device import grouped_matmul as device
 
     dw = x.new_empty((e, k, m))
-    bm, bn, bk = _tile(k), _tile(m), min(64, _tile(max(1, x.shape[0] // e)))
+    bm, bn, bk = _tile(k), _tile(m), min(DEPTH, _tile(max(1, x.shape[0] // e)))
     device.weights[(backend.blocks(m, bn), backend.blocks(k, bm), e)](
         x, g, dw, ends, k, m, *x.stride(), *g.stride(), BM=bm, BN=bn, BK=bk, ACC=backend.accumulator(x.dtype),
-        WIDEN=x.device.type == "cpu", num_warps=8 if bm * bn > 8192 else 4, num_stages=3,
+        WIDEN=x.device.type == "cpu", num_warps=8 if bm * bn > 8192 else 4, num_stages=STAGES,
     )  # fmt: skip
     return dw
 

@@ -27,6 +27,7 @@ from . import backend, gated_mlp, grouped_matmul  # noqa: F401  (`mixture` calls
 
 SLOTS = 128  # of a block of the sort
 BLOCK = 1024  # elements of a row that a program moves at a time
+WARPS = 4
 
 
 # ---- routing
@@ -64,7 +65,7 @@ def moe_route(logits: Tensor, bias: Tensor | None, k: int, score: str, normalise
     rows = _rows_of(e)
     device.route[(backend.blocks(t, rows),)](
         logits.contiguous(), bias, weights, experts, t, e, factor, K=k, NORMALISE=normalise, SIGMOID=score == "sigmoid",
-        ACC=backend.accumulator(logits.dtype), ROWS=rows, EXPERTS=backend.power(e), CHOICES=backend.power(k), num_warps=4,
+        ACC=backend.accumulator(logits.dtype), ROWS=rows, EXPERTS=backend.power(e), CHOICES=backend.power(k), num_warps=WARPS,
     )  # fmt: skip
     return weights, experts
 
@@ -91,7 +92,7 @@ def moe_route_backward(grad: Tensor, logits: Tensor, experts: Tensor, score: str
         rows = _rows_of(e)
         device.route_backward[(backend.blocks(t, rows),)](
             grad.contiguous(), logits.contiguous(), experts, out, t, e, factor, K=k, NORMALISE=normalise, SIGMOID=score == "sigmoid",
-            ACC=backend.accumulator(logits.dtype), ROWS=rows, EXPERTS=backend.power(e), num_warps=4,
+            ACC=backend.accumulator(logits.dtype), ROWS=rows, EXPERTS=backend.power(e), num_warps=WARPS,
         )  # fmt: skip
         return out
     s = _scores(logits, score)
@@ -147,7 +148,7 @@ def _counted(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     slots, flat = experts.numel(), experts.contiguous()
     blocks = backend.blocks(slots, SLOTS)
     counts = experts.new_empty((count, blocks), dtype=torch.int32)
-    how: dict[str, Any] = {"BLOCK": SLOTS, "EXPERTS": backend.power(count), "num_warps": 4}
+    how: dict[str, Any] = {"BLOCK": SLOTS, "EXPERTS": backend.power(count), "num_warps": WARPS}
     device.count[(blocks,)](flat, counts, slots, count, **how)
     upto = counts.flatten().cumsum(0, dtype=torch.int32)
     position = experts.new_empty(experts.shape, dtype=torch.int32)
@@ -172,7 +173,19 @@ def moe_permute(x: Tensor, experts: Tensor, count: int) -> tuple[Tensor, Tensor,
     rows, (t, k), h = backend.rows(x), experts.shape, x.shape[1]
     moved = x.new_empty((t * k, h))
     device.spread[(t,)](
-        rows, None, None, position, moved, None, h, rows.stride(0), 0, K=k, ACC=backend.accumulator(x.dtype), BLOCK=_block(h), num_warps=4
+        rows,
+        None,
+        None,
+        position,
+        moved,
+        None,
+        h,
+        rows.stride(0),
+        0,
+        K=k,
+        ACC=backend.accumulator(x.dtype),
+        BLOCK=_block(h),
+        num_warps=WARPS,
     )
     return moved, position, ends
 
@@ -196,7 +209,7 @@ def _gathered(moved: Tensor, position: Tensor, weights: Tensor | None) -> Tensor
     out = moved.new_empty((t, h))
     device.gather[(t, backend.blocks(h, _block(h)))](
         rows, None if weights is None else weights.contiguous(), position, out, h, rows.stride(0), K=k,
-        ACC=backend.accumulator(moved.dtype), BLOCK=_block(h), num_warps=4,
+        ACC=backend.accumulator(moved.dtype), BLOCK=_block(h), num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -252,7 +265,7 @@ def moe_unpermute_backward(grad: Tensor, moved: Tensor, position: Tensor, weight
         g, rows = backend.rows(grad), backend.rows(moved)
         device.spread[(t,)](
             g, weights.contiguous(), rows, position, dmoved, dweights, h, g.stride(0), rows.stride(0), K=k,
-            ACC=backend.accumulator(moved.dtype), BLOCK=_block(h), num_warps=4,
+            ACC=backend.accumulator(moved.dtype), BLOCK=_block(h), num_warps=WARPS,
         )  # fmt: skip
         return dmoved, dweights
     wide = backend.work(moved.dtype)

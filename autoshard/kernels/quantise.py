@@ -28,6 +28,7 @@ from . import backend
 
 KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 ROWS, COLS = 64, 64  # of a program's tile
+WARPS = 4
 
 
 def _dtype(kind: str) -> torch.dtype:
@@ -74,7 +75,7 @@ def _quantise(x: Tensor, scale: Tensor | None, kind: str, transpose: bool) -> tu
     partial = x.new_empty(grid, dtype=torch.float32)
     delayed = scale is not None
     if scale is None:
-        device.largest[grid](rows, partial, r, c, rows.stride(0), ROWS=ROWS, COLS=COLS, num_warps=4)
+        device.largest[grid](rows, partial, r, c, rows.stride(0), ROWS=ROWS, COLS=COLS, num_warps=WARPS)
         amax = partial.amax()
         used = _scale(amax, dtype)
     else:
@@ -84,7 +85,7 @@ def _quantise(x: Tensor, scale: Tensor | None, kind: str, transpose: bool) -> tu
     device.cast[grid](
         rows, used, q, turned if transpose else None, partial if delayed else None, r, c, rows.stride(0), torch.finfo(dtype).max,
         BITS=3 if kind == "e4m3" else 2, LOWEST=-6 if kind == "e4m3" else -14, BY_HAND=x.device.type == "cpu", ROWS=ROWS, COLS=COLS,
-        num_warps=4,
+        num_warps=WARPS,
     )  # fmt: skip
     return q, turned, 1 / used, partial.amax() if delayed else amax
 

@@ -26,6 +26,16 @@ def test_every_kernel_is_measured_beside_its_reference(tmp_path):
     assert all(k["error"] <= 3e-2 and k["runs"]["ours"]["of_ceiling"] > 0 for k in content["kernels"])
 
 
+def test_constants_are_tried_and_put_back():
+    from autoshard.kernels import norm
+
+    before = norm.TILE
+    found = kernels.main([*TINY, "--only", "rms_norm", "--results", "", "--tune", "norm.TILE=16,64", "--tune", "norm.WAVES=1,3"])
+    assert len(found["kernels"][0]["tuned"]) == 4 and norm.TILE == before
+    with pytest.raises(SystemExit):
+        kernels.main([*TINY, "--tune", "norm.NONSENSE=1"])
+
+
 def test_a_wrong_kernel_is_not_timed():
     case = kernels.Case(KERNELS["rms_norm"], [torch.ones(2, 4)], [0], lambda x: 2 * x, lambda x: x)
     with pytest.raises(AssertionError, match="from its reference"):
