@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +19,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if "gpu" not in (config.option.markexpr or ""):  # ranks are forked here, which a process that has used CUDA can't do
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        _interpretable()
+
+
+def _interpretable() -> None:
+    """Import Triton so that its own library can be interpreted, which it decides then; kernels are where tests/kernels asks again."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+    del os.environ["TRITON_INTERPRET"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
