@@ -317,6 +317,10 @@ class _Builder:
             chain = self._chain(shape[dim], dim, ins[table])
             offset = self.rank_input(RankInput("offset", shape[dim], chain))
             return (bodies.embedding if dim == 0 else bodies.pick), f"{op.target} shard", [offset]
+        if op.target == "autoshard.experts.default":
+            n = graph.values[op.inputs[1]].tensor.shape[0]
+            offset = self.rank_input(RankInput("offset", n, self._chain(n, 0, ins[op.inputs[1]])))
+            return bodies.experts, f"{op.target} shard", [offset]
         if op.target == "aten.mean.dim":
             shape = graph.values[op.inputs[0]].tensor.shape
             dims = tuple(d % len(shape) for d in op.args[1]) or tuple(range(len(shape)))

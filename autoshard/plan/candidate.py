@@ -272,11 +272,11 @@ class Candidates:
         inner, cuts = found.value
         candidate = self._finished(opened, inner, cuts)
         candidate.predicted["memory_price_seconds_per_gib"] = found.price * 2**30 * count
-        candidate.predicted["memory_gap"] = found.gap
-        candidate.notes.append(
-            f"the fastest placements of {mesh} × {count} microbatches don't fit; these hold less and are at most {100 * found.gap:.1f} %"
-            " slower than the fastest that would"
-        )
+        told = f"the fastest placements of {mesh} × {count} microbatches don't fit; these hold less"
+        if opened.prices is opened.chooser.prices:  # else a pin's wish was among the prices, and they aren't seconds
+            candidate.predicted["memory_gap"] = found.gap
+            told += f" and are at most {100 * found.gap:.1f} % slower than the fastest that would"
+        candidate.notes.append(told)
         return candidate
 
     def _inner(self, chooser: Chooser, placed: Placements, prices: Prices | RandomPrices) -> Inner:

@@ -41,6 +41,8 @@ def flops(op: Op, values: Mapping[str, Value]) -> float:
         left, _, right = op.args[0].replace(" ", "").partition("->")
         sizes = {letter: n for side, shape in zip(left.split(","), shapes, strict=False) for letter, n in zip(side, shape, strict=False)}
         return 2.0 * math.prod(sizes.get(letter, 1) for letter in set(left.replace(",", "") + right))
+    if name == "experts":
+        return 2.0 * out.numel * shapes[0][1]
     if name == "attention":
         b, h, s, e = shapes[0]
         return 2.0 * b * h * s * shapes[1][2] * (e + shapes[2][3]) * (0.5 if op.args[4] else 1.0)

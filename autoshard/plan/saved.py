@@ -149,6 +149,8 @@ class _Block:
             wanted = [*ins, *outs]
             shape = local_shape(self.graph.values[outs[0][0]].tensor.shape, outs[0][1], self.sizes, (0,) * len(self.sizes))
             self.extra += 4.0 * shape[0] * shape[1] * shape[2]
+        elif name == "experts":
+            wanted = ins
         elif name == "mul":
             wanted = [k for i, k in enumerate(ins) if any(g for j, g in enumerate(grads) if j != i)]
         elif name == "div":

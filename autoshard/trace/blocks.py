@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .graph import Graph, Op, map_refs
 
-HEAVY = ("linear", "mm", "bmm", "matmul", "einsum", "attention", "convolution", "conv1d", "conv2d", "conv3d", "embedding", "opaque")
+HEAVY = tuple("linear mm bmm matmul einsum attention convolution conv1d conv2d conv3d embedding experts opaque".split())
 
 
 @dataclass(frozen=True)

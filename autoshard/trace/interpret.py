@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import primitives
+from .experts import experts
 
 
 @functools.cache
@@ -30,7 +31,7 @@ def resolve(target: str) -> Callable[..., Any]:
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
-PRIMITIVES = (primitives.attention, primitives.pick, primitives.dropout_mask, primitives.opaque)
+PRIMITIVES = (primitives.attention, primitives.pick, primitives.dropout_mask, primitives.opaque, experts)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ ARITY = {
     "aten.amin.default": 3, "aten.softmax.int": 2, "aten.log_softmax.int": 2, "aten.layer_norm.default": 5, "aten.embedding.default": 2,
     "aten._to_copy.default": 1, "aten.einsum.default": 2, "autoshard.attention.default": 6, "autoshard.dropout_mask.default": 5,
     "autoshard.pick.default": 2, "autoshard.opaque.default": 2, "aten.slice_scatter.default": 6, "aten.arange.start_step": 3,
+    "autoshard.experts.default": 3,
 }  # fmt: skip
 
 

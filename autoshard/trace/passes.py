@@ -6,6 +6,7 @@ from ..passes import Pass
 from .captured import Captured
 from .normalise.attention import attention
 from .normalise.dropout import dropout
+from .normalise.experts import experts
 from .normalise.flatten import flatten
 from .normalise.fold import fold
 from .normalise.indexing import indexing
@@ -31,5 +32,6 @@ PASSES: list[Pass[Captured]] = [
     flatten,
     fold,
     indexing,
+    experts,
     masks,
 ]

@@ -226,6 +226,8 @@ def contracting() -> Iterator[Sample]:
     yield sample("autoshard.attention.default", q, k, v, None, True, 0.5, note="causal")
     for shape in ((1, 1, 5, 5), (3, 6, 5, 5), (3, 1, 1, 5), (1, 6, 5, 5)):
         yield sample("autoshard.attention.default", q, k, v, f(*shape), False, 0.5, frozen=(3,), note=f"mask {shape}")
+    yield sample("autoshard.experts.default", f(9, 4), f(6, 5, 4), ints(6, 9))
+    yield sample("autoshard.experts.default", f(8, 6), f(5, 4, 6), ints(7, 8, low=-2), note="rows that choose none")
     bias = f(6)
     yield sample("aten.conv1d.default", f(5, 4, 9), f(6, 4, 3), bias, (1,), (1,))
     yield sample("aten.conv1d.default", f(5, 4, 9), f(6, 4, 3), None, (1,), (1,), note="no bias")

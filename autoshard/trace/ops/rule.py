@@ -249,5 +249,5 @@ def _with_cut(factor: Factor, cut: Cut, operands: Sequence[Value], outs: Sequenc
     return Strategy(tuple(ins), tuple(results), factor.body)
 
 
-_OFFSET = ("embedding", "pick")
+_OFFSET = ("embedding", "pick", "experts")
 """Bodies that know of their shard only where it starts, so that it has to be contiguous."""

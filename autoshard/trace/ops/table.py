@@ -165,6 +165,18 @@ def embedding(op: Op, values: Mapping[str, Value]) -> Rule:
     return Rule(tuple(factors), (frozenset({0}),))
 
 
+def experts(op: Op, values: Mapping[str, Value]) -> Rule:
+    """x t k, w e n k, index t -> t n. Cut along e, each rank knows the rows of its own matrices and gives zeros for the others."""
+    ((t, k), (e, n, _), _), _ = _shapes(op, values)
+    factors = (
+        Factor("t", t, (Place(0), None, Place(0)), (Place(0),)),
+        Factor("e", e, (None, Place(0), None), ("sum",), body="experts"),
+        Factor("n", n, (None, Place(1), None), (Place(1),)),
+        Factor("k", k, (Place(1), Place(2), None), ("sum",)),
+    )
+    return Rule(tuple(f for f in factors if f.size > 1), (frozenset({0}), frozenset({1})))
+
+
 def pick(op: Op, values: Mapping[str, Value]) -> Rule:
     (z, _), _ = _shapes(op, values)
     factors = [Factor(str(d), n, (Place(d), Place(d)), (Place(d),)) for d, n in enumerate(z[:-1]) if n > 1]
@@ -437,6 +449,7 @@ def _table() -> dict[str, RuleFunction]:
     add(embedding, "aten.embedding.default")
     add(pick, "autoshard.pick.default")
     add(attention, "autoshard.attention.default")
+    add(experts, "autoshard.experts.default")
     add(dropout_mask, "autoshard.dropout_mask.default")
     add(opaque, "autoshard.opaque.default")
     add(along(1), "autoshard.time_slice.default")
