@@ -17,9 +17,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .partition import Port, Routine
 from .program import Module
 from .recompute import made_again
+from .routine import Port, Routine
 
 
 def differentiate(routine: Routine, key: str = "") -> Module:

@@ -36,7 +36,7 @@ from .solve import TooWide
 from .stages import balance, crossings
 from .whole import Chain, Unlike, spread
 
-PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets")
+PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets", "kernels")
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -62,7 +62,7 @@ def search(
     "storage" (parameter path → type on tp, as text), "ops" (op → strategy on tp, as text), "divide" (bool: divide parameters and
     matmuls over tp wherever that is possible, whatever it costs; the default where `mesh` is given), "merge" (linears of one input
     as one matmul: all that may be, none, or lists of their weights' paths), "buckets" (bytes of parameters, as used, that travel
-    together; 0: each alone). `memory`: bytes per rank.
+    together; 0: each alone), "kernels" (names: put these where the model computes what they do). `memory`: bytes per rank.
     `progress` is told what is being looked at. Raises NoPlanError with the reasons of the nearest candidates; `candidates` has all.
     """
     pins = dict(pins or {})
@@ -326,6 +326,9 @@ class _Search:
         if isinstance(prices, Prices):
             honest = inner.prices = Prices(self.cluster, mesh, count)
             inner.short = block_costs(space, blocks, placed, honest)
+            buckets.credit(
+                inner.short.once, split.graph, blocks, placed, honest, space.sizes, int(self.pins.get("buckets", buckets.BUCKET))
+            )
             merge.credit(inner.short.compute, split.graph, blocks, placed, honest, space.sizes, self.pins.get("merge"))
             inner.costs = inner.short.spread(chain.like)
         else:
@@ -477,7 +480,7 @@ class _Search:
         starts = buckets.starts(split.graph, blocks, found.cuts, placed.ops, placed.storage, inner.space.sizes, size)
         return Plan(
             self.fingerprint, mesh, found.count, found.schedule, found.cuts, placed.ops, placed.storage, placed.inputs, lists,
-            groups, size, starts, found.predicted,
+            groups, size, starts, list(self.pins.get("kernels", ())), found.predicted,
             [*split.graph.notes, *_unruled(split, placed, inner.prices, inner.space.sizes), *apart],
         )  # fmt: skip
 
