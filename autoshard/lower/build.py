@@ -6,6 +6,7 @@ layers on 64 ranks traces two or three modules.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,15 @@ from ..plan.plan import Plan
 from ..plan.stages import crossings, needed_data, stage_of
 from ..trace.blocks import Block, find_blocks
 from ..trace.capture import Captured
+from . import kernels
 from .coalesce import coalesced
 from .differentiate import differentiate
 from .fuse import joined
-from .partition import Gathered, Partitioner, Port, Routine, value_name
+from .partition import Gathered, Partitioner
 from .program import Call, InputSlice, Module, Program, RankProgram, Slot
+from .routine import Port, Routine, value_name
 
+log = logging.getLogger("autoshard")
 INNER = ("dp", "tp")
 
 
@@ -38,6 +42,9 @@ def compile(captured: Captured, plan: Plan, *, ranks: Sequence[int] | None = Non
     programs: list[Any] = [None] * plan.mesh.ranks
     for rank in wanted:
         programs[rank] = builder.rank(rank)
+    for name in plan.kernels:
+        if name not in builder.kernels:
+            log.warning("the kernel %s is in the plan, but no block has a place for it", name)
     return Program(plan, split.graph, plan.mesh, dict(captured.constants), programs, captured, split.kept)
 
 
@@ -48,6 +55,8 @@ class _Builder:
     split: TimeSplit
     dropout: str
     modules: dict[str, Module] = field(default_factory=dict)
+    kernels: set[str] = field(default_factory=set)
+    """Those that were placed somewhere."""
     used: dict[int, dict[str, dict[Layout, None]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,6 +73,7 @@ class _Builder:
         mesh = self.plan.mesh
         self.sizes = (mesh.size("dp"), mesh.size("tp"))
         merge.check(self.plan.merge, self.graph, self.blocks, self.plan.ops, self.plan.storage, self.sizes)
+        kernels.check(self.plan.kernels)
         if not buckets.legal(self.plan.buckets, self.plan.cuts, len(self.blocks)):
             raise PlanFileError(
                 f"buckets {list(self.plan.buckets)} of {len(self.blocks)} blocks that are cut at {list(self.plan.cuts)}",
@@ -87,13 +97,23 @@ class _Builder:
         stage = coords["pp"]
         place, count = (coords["dp"], coords["tp"]), self.plan.microbatches
         part = Partitioner(
-            self.graph, self.plan.ops, self.held, self.sizes, place, count, self.dropout, self.captured.opaque, self.plan.merge
+            self.graph,
+            self.plan.ops,
+            self.held,
+            self.sizes,
+            place,
+            count,
+            self.dropout,
+            self.captured.opaque,
+            self.plan.merge,
+            self.plan.kernels,
         )
         return _Rank(self, part, rank, coords, stage).build()
 
     def module(self, routine: Routine, bucket: int = 0) -> Module:
         """`bucket`: collectives of one kind become one, up to so many bytes."""
         text = f"{routine.text}\n{bucket}"
+        self.kernels.update(step.kernel for step in routine.steps)
         if text not in self.modules:
             self.modules[text] = coalesced(differentiate(routine, key=f"m{len(self.modules)}"), bucket)
         return self.modules[text]

@@ -17,9 +17,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .partition import Port, Routine
 from .program import Module
-from .recompute import made_again
+from .recompute import made_again, parts_copied
+from .routine import Port, Routine
 
 
 def differentiate(routine: Routine, key: str = "") -> Module:
@@ -85,7 +85,8 @@ def _split(
     again = _with_items(again, nodes)
     inner = first - again
     saved = _needed_from(inner | set(primals), [n for n in nodes if n in second or n in third or n in again], grads)
-    forward = _extract(joint, primals, nodes, first, [*outs, *saved])
+    copies = parts_copied(joint.graph, saved, first, outs)
+    forward = _extract(joint, primals, list(joint.graph.nodes), first | set(copies.values()), [*outs, *(copies.get(n, n) for n in saved)])
     # what is made again for the weights alone, or for both, is made again in each
     tail = third - constants | (again & {n for n in of_params if isinstance(n, fx.Node)})
     for node in reversed(nodes):

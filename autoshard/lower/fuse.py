@@ -56,6 +56,10 @@ def joined(names: Sequence[str]) -> str:
     return "merged:" + "+".join(names)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.linear.default(x, weight)
+
+
 def linears(x: torch.Tensor, weight: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """One matmul; each part's columns of the result."""
-    return torch.ops.aten.linear.default(x, weight).split(list(rows), -1)
+    return linear(x, weight).split(list(rows), -1)

@@ -1,20 +1,18 @@
 """Partition: a block's ops on one rank's shards, with explicit moves where placements differ.
 
 In: ops of the time-split graph, the strategies that the plan chose, a rank's coordinates. Out: a `Routine`, a straight list of
-steps over named local tensors, and the rank inputs it needs. A routine is plain Python that can be run on fakes, so
-`differentiate` traces it; its `text` says exactly what it does, names numbered, so that blocks and ranks that are alike are seen to be.
+steps over named local tensors, and the rank inputs it needs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import traceback
 
 from ..layout import Layout, Type, dim_positions, local_shape, segments
 from ..plan.moves import path
@@ -25,65 +23,9 @@ from ..trace.ops.local import localize
 from . import bodies
 from .collectives import Local, Spot, indices, local_cut, move
 from .fuse import Merged, fuse, joined, linears
+from .kernels import place
 from .program import RankInput
-
-Fn = Callable[..., Any]
-
-
-@dataclass
-class Step:
-    """`outs` = `fn`(`ins`), on local tensors. `text` says what fn does."""
-
-    fn: Fn
-    ins: tuple[str, ...]
-    outs: tuple[str, ...]
-    text: str
-    source: str = ""
-
-
-@dataclass
-class Port:
-    """A routine's input or output: a value's local tensor in one layout."""
-
-    name: str
-    tensor: Tensor
-    grad: bool
-    param: bool = False
-
-
-@dataclass
-class Routine:
-    inputs: list[Port] = field(default_factory=list)
-    outputs: list[Port] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    rank_inputs: dict[str, RankInput] = field(default_factory=dict)
-    label: str = ""
-
-    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run it. Under a tracer, the nodes carry the user's source lines as their stack traces."""
-        env = dict(zip((p.name for p in self.inputs), tensors, strict=True))
-        with traceback.preserve_node_meta():
-            for step in self.steps:
-                traceback.current_meta["stack_trace"] = step.source
-                found = step.fn(*(env[n] for n in step.ins))
-                env |= zip(step.outs, found if isinstance(found, (tuple, list)) else (found,), strict=True)
-        return tuple(env[p.name] for p in self.outputs)
-
-    @property
-    def text(self) -> str:
-        """The routine with names numbered by first appearance: equal texts mean equal modules."""
-        number: dict[str, int] = {}
-
-        def n(name: str) -> str:
-            return f"%{number.setdefault(name, len(number))}"
-
-        lines = [f"{n(p.name)}: {p.tensor} {p.grad} {p.param}" for p in self.inputs]
-        lines += [f"{', '.join(map(n, s.outs))} = {s.text} {', '.join(map(n, s.ins))}" for s in self.steps]
-        return "\n".join([*lines, "return " + ", ".join(f"{n(p.name)}:{p.grad}" for p in self.outputs)])
-
-
-def value_name(name: str, layout: Layout) -> str:
-    return f"{name}|{','.join(map(str, layout))}"
+from .routine import Fn, Port, Routine, Step, value_name
 
 
 @dataclass(frozen=True)
@@ -114,6 +56,7 @@ class Partitioner:
     dropout: str = "philox"
     opaque: Mapping[str, Fn] = field(default_factory=dict)
     merge: Sequence[tuple[str, ...]] = ()
+    kernels: Sequence[str] = ()
 
     def local(self, name: str, layout: Layout) -> Tensor:
         v = self.graph.values[name]
@@ -130,6 +73,9 @@ class Partitioner:
                 build.op(op)
         for name, layout in wanted:
             build.output(name, layout)
+        if self.kernels:
+            outputs = {p.name for p in build.routine.outputs}
+            build.routine.steps = place(build.routine.steps, build.tensors(), outputs, self.kernels)
         return build.routine
 
     def rows(self, names: Sequence[str], layouts: Sequence[Layout]) -> Tensor:
@@ -152,6 +98,12 @@ class _Builder:
         self.part, self.routine, self.params = part, routine, params
         self.known: set[str] = set()  # env names that exist
         self.layouts: dict[str, Layout] = {}  # value → layout in which it was made or came in
+        self.seen: list[tuple[str, Layout]] = []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every value that is known here, by its name here."""
+        found = {port.name: port.tensor for port in self.routine.inputs}
+        return found | {value_name(name, layout): self.part.local(name, layout) for name, layout in self.seen}
 
     def op(self, op: Op) -> None:
         part, graph = self.part, self.part.graph
@@ -166,6 +118,7 @@ class _Builder:
         for i, name in enumerate(op.outs):
             layout = tuple(s.outs[i] for s in pair)
             self.layouts[name] = layout
+            self.seen.append((name, layout))
             outs.append(value_name(name, layout))
         out_layout = tuple(s.outs[0] for s in pair)
         local = replace_args(op, localize(op, held, part.local(op.outs[0], out_layout).shape))
@@ -176,7 +129,8 @@ class _Builder:
         else:
             fn, text = _runner(local, part.opaque), f"{local.target}{_numbered(local)}"
         self.known.update(outs)
-        self.routine.steps.append(Step(fn, (*ins, *extra), tuple(outs), text, op.source))
+        plain = None if extra or body_axes else _renamed(local, ins)
+        self.routine.steps.append(Step(fn, (*ins, *extra), tuple(outs), text, op.source, plain))
 
     def merged(self, group: Merged) -> None:
         """Several linears as one."""
@@ -191,9 +145,12 @@ class _Builder:
         outs = []
         for op, pair in zip(group.ops, pairs, strict=True):
             layout = self.layouts[op.outs[0]] = tuple(s.outs[0] for s in pair)
+            self.seen.append((op.outs[0], layout))
             outs.append(value_name(op.outs[0], layout))
         self.known.update(outs)
-        step = Step(lambda x, w: linears(x, w, rows), (x, weight), tuple(outs), f"merged linear {rows}", group.ops[0].source)
+        step = Step(
+            lambda x, w: linears(x, w, rows), (x, weight), tuple(outs), f"merged linear {rows}", group.ops[0].source, rows=tuple(rows)
+        )
         self.routine.steps.append(step)
 
     def gathered(self, each: Gathered) -> None:
@@ -250,11 +207,13 @@ class _Builder:
             layout[axis] = b
             target = value_name(label, tuple(layout))
             if target not in self.known:
+                self.seen.append((name, tuple(layout)))
                 self._move(env, target, v.tensor, tuple(layout), axis, a, b, v.grad)
             env = target
         final = value_name(label, want)
         if env != final and final not in self.known:  # axes of size 1 change their type without a step
             self.known.add(final)
+            self.seen.append((name, want))
             self.routine.steps.append(Step(lambda x: x, (env,), (final,), "same"))
         return final
 
@@ -360,6 +319,13 @@ class _Builder:
 
 def replace_args(op: Op, args: tuple[Any, ...]) -> Op:
     return Op(op.name, op.target, args, op.kwargs, op.outs, op.source, op.module)
+
+
+def _renamed(op: Op, names: Sequence[str]) -> Op:
+    """The op with these names in place of its operands', in order."""
+    feed = iter(names)
+    args, kwargs = map_refs((op.args, op.kwargs), lambda _: Ref(next(feed)))
+    return Op(op.name, op.target, args, kwargs, op.outs, op.source, op.module)
 
 
 def _numbered(op: Op) -> str:

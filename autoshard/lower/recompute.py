@@ -10,7 +10,7 @@ kernel of the backward reads would have to be written to memory again, so it is 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import networkx as nx
@@ -59,6 +59,35 @@ def made_again(
             again.add(node)
             stack += [source for source in node.all_input_nodes if source in first]
     return again
+
+
+def parts_copied(graph: fx.Graph, saved: Sequence[fx.Node], first: set[fx.Node], results: Iterable[object]) -> dict[fx.Node, fx.Node]:
+    """Saved node → a copy of it to save instead. A view keeps all of its buffer in memory: of q, k and v in one, v alone is saved where q
+    and k are rotated. Where what is saved of a buffer is at most half of it, and nobody else keeps it, it is copied: the buffer goes."""
+    kept = {_buffer(node, first) for node in results if isinstance(node, fx.Node)}
+    of: dict[fx.Node, list[fx.Node]] = {}
+    for node in saved:
+        of.setdefault(_buffer(node, first), []).append(node)
+    found: dict[fx.Node, fx.Node] = {}
+    for buffer, parts in of.items():
+        size = sum(_bytes(part) or 0 for part in parts)
+        if buffer in kept or buffer in parts or buffer not in first or 2 * size > (_bytes(buffer) or 0):
+            continue
+        for part in parts:
+            with graph.inserting_after(part):
+                found[part] = graph.call_function(torch.ops.aten.clone.default, (part,), {"memory_format": torch.contiguous_format})
+            found[part].meta = {k: v for k, v in part.meta.items() if k in ("val", "stack_trace")}
+    return found
+
+
+def _buffer(node: fx.Node, first: set[fx.Node]) -> fx.Node:
+    """What a chain of views is a view of."""
+    while node in first and (_name(node) in VIEWS or node.target is operator.getitem) and len(node.all_input_nodes) == 1:
+        source = node.all_input_nodes[0]
+        if node.target is operator.getitem and _name(source) not in VIEWS:
+            break
+        node = source
+    return node
 
 
 def _base(node: fx.Node, first: set[fx.Node]) -> fx.Node:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
 
 from ..layout import Layout
 from ..trace.blocks import Block
 from ..trace.graph import Graph
 from .moves import local_bytes
-from .space import Pair
+from .space import Pair, Placements
 
 BUCKET = 64 << 20
 """Bytes as used. Collectives of this size run at nine tenths of what the largest reach (nccl-tests on 2 and 8 H200)."""
@@ -54,6 +57,32 @@ def starts(
             size = 0.0
         size += here
     return tuple(found)
+
+
+class Prices(Protocol):
+    """What the planner pays; see `plan.prices`."""
+
+    def least(self, a: Layout, b: Layout, grad: bool) -> float: ...
+
+
+def credit(
+    once: np.ndarray, graph: Graph, blocks: Sequence[Block], placed: Placements, prices: Prices, sizes: tuple[int, ...], limit: int
+) -> None:
+    """Take from the blocks' seconds outside the loop what travelling together saves: of each bucket's moves of one kind, the least time
+    that a collective takes, for all but one."""
+    if not limit:
+        return
+    begins = starts(graph, blocks, (0,), placed.ops, placed.storage, sizes, limit)
+    known: set[object] = set()
+    for i, uses in enumerate(moved(graph, blocks, (0,), placed.ops, placed.storage)):
+        if i in begins:
+            known = set()
+        for name, use in uses:
+            v, stored = graph.values[name], placed.storage[name]
+            kind = (tuple((a.kind, b.kind) for a, b in zip(stored, use, strict=True)), v.grad, v.tensor.dtype)
+            if local_bytes(v.tensor, use, sizes) < limit:
+                once[i] -= prices.least(stored, use, v.grad) if kind in known else 0.0
+                known.add(kind)
 
 
 def legal(buckets: Sequence[int], cuts: Sequence[int], blocks: int) -> bool:

@@ -19,7 +19,7 @@ from ..layout import I, Layout, R
 from ..mesh import Mesh
 from ..trace.blocks import Block, find_blocks
 from ..trace.graph import Graph
-from . import merge, schedules
+from . import buckets, merge, schedules
 from .cluster import Cluster
 from .costs import collective
 from .estimate import BlockCosts, block_costs
@@ -292,9 +292,11 @@ class Candidates:
         return Inner(space.split, blocks, placed, space, prices, chain, short, short.spread(chain.like))
 
     def _costs(self, space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices) -> BlockCosts:
-        """What blocks cost, their linears merged."""
+        """What blocks cost, their linears merged and their parameters' moves in buckets."""
+        graph, size = space.split.graph, int(self.pins.get("buckets", buckets.BUCKET))
         costs = block_costs(space, blocks, placed, prices)
-        merge.credit(costs.compute, space.split.graph, blocks, placed, prices, space.sizes, self.pins.get("merge"))
+        buckets.credit(costs.once, graph, blocks, placed, prices, space.sizes, size)
+        merge.credit(costs.compute, graph, blocks, placed, prices, space.sizes, self.pins.get("merge"))
         return costs
 
     # ---- stages and the clock -------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from .microbatch import TimeSplit
 from .schedules import KINDS
 from .space import Pair, Space
 
-PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets")
+PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets", "kernels")
 SHOWN = 12
 """Legal choices that an error lists."""
 

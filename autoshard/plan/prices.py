@@ -129,6 +129,14 @@ class Prices:
             mover = self.movers[tensor, sizes, grad] = _Mover(self, tensor, sizes, grad)
         return mover.price(a, b)
 
+    def least(self, a: Layout, b: Layout, grad: bool) -> float:
+        """Seconds that the collectives of a move and its gradient's take, however little moves."""
+        pairs = [(axis, x, y) for axis, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+        pairs += [(axis, gradient(y), gradient(x)) for axis, x, y in pairs] if grad else []
+        kinds = [(transition(x, y), axis) for axis, x, y in pairs]
+        sizes = [(kind, self.mesh.size(AXES[axis]), self.mesh.stride(AXES[axis])) for kind, axis in kinds]
+        return sum(float(collective.seconds(self.cluster, k, 1.0, n, stride)) for k, n, stride in sizes if k in collective.KINDS and n > 1)
+
     def wire(self, kind: str, full: float, axis: int, a: Type, b: Type) -> float:
         if kind == "nothing":
             return 0.0

@@ -39,6 +39,7 @@ SEEN: dict[str, int] = {
     "dropout at local positions": 142, "slice taken from the end": 535, "split sizes of another rank": 303,
     "stored shards in the wrong order": 5, "causal mask at local positions": 43, "permutation inverted": 120,
     "gradients of tied parameters not summed": 47, "gradient of one consumer lost": 208,
+    "merged rows shifted": 55, "merged weights upside down": 68,
 }  # fmt: skip
 """Bug → a graph that shows it, where a test looks first (`python -m tests.fuzz --bugs` says)."""
 
@@ -394,6 +395,23 @@ def gradient_of_one_consumer_lost(original):  # type: ignore[no-untyped-def]
         yield from original(self, action)
 
     return receive
+
+
+@bug((partition, "linears"))
+def merged_rows_shifted(original):  # type: ignore[no-untyped-def]
+    """The weights of merged linears are read a row too late."""
+    return lambda x, weight, rows: original(x, weight.roll(-1, 0), rows)
+
+
+@bug((executor.State, "join"))
+def merged_weights_upside_down(original):  # type: ignore[no-untyped-def]
+    """The buffer of merged weights holds their rows in another order than the linears take them."""
+
+    def join(self, paths):  # type: ignore[no-untyped-def]
+        original(self, paths)
+        self.joined[paths].copy_(self.joined[paths].flip(0))
+
+    return join
 
 
 @bug((partition._Builder, "_move"))

@@ -60,3 +60,30 @@ def test_the_whole_backward_is_both_parts():
     assert len(apart) == len(together) == 4
     for a, b in zip(apart, together, strict=True):
         assert torch.equal(a, b)
+
+
+class Rotated(nn.Module):
+    """q and k are turned before they are multiplied, v isn't."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(8, 8, bias=False)
+        self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        h = torch.tanh(self.stem(x))
+        turn = torch.linspace(0.5, 2, 8)
+        q, k, v = self.q(h) * turn, self.k(h) * turn, self.v(h)
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).square().mean()
+
+
+def test_a_saved_part_of_a_merged_result_is_a_copy():
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    captured = capture(Rotated(), (x,))
+    program = lower(captured, search(captured.graph, None, Mesh.of({"dp": 1}), None, {"merge": True}))
+    (found,) = [call.module for call in program.ranks[0].blocks if "q_weight" in str(call.inputs)]
+    inputs = [torch.randn(n.meta["val"].shape) for n in found.forward.graph.nodes if n.op == "placeholder"]
+    saved = found.forward(*inputs)[found.outputs :]
+    given = {t.untyped_storage().data_ptr() for t in inputs}
+    sizes = [t.untyped_storage().nbytes() for t in saved if t.untyped_storage().data_ptr() not in given]
+    assert sizes and max(sizes) <= 2 * 6 * 8 * 4, sizes
