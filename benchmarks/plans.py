@@ -4,8 +4,9 @@
     python -m benchmarks.plans --work llama-8b-layers --ranks 4 --batch 16 --top 6                  # the planner's best, in 4 processes
     python -m benchmarks.plans --work llama-8b-layers --ranks 4 --batch 16 --plan 'tp=4' --plan 'dp=2 pp=2 x 4' --pins '{"zero": false}'
 
-A `--plan` is a mesh, maybe a count of microbatches and pins of its own ('tp=2 x 4 {"zero": false}'). Step times are medians, the optimizer with float32 masters included, as predicted;
-memory is the peak of what is allocated beyond what was there before, the largest of all ranks (on the CPU it isn't counted).
+A `--plan` is a mesh, maybe a count of microbatches and pins of its own ('tp=2 x 4 {"zero": false}'). Step times are medians, the
+optimizer with float32 masters included, as predicted; memory is the peak of what is allocated beyond what was there before, the largest
+of all ranks (on the CPU it isn't counted).
 """
 
 from __future__ import annotations
