@@ -60,6 +60,8 @@ class Reductions(Two):
         d = self.a(x)
         rows = d.sum(-1, dtype=torch.float64) + d.min(1).values + d.var(1) + d.std(1) + d.logsumexp(1) + d.norm(dim=1)
         rows = rows + d.max() + d.amax((0, 1)) + d.mean() + d.mean((0, 1), keepdim=True)[0] + d.cumsum(0)[:, 1]
+        counts = (d > 0).int().cumsum(0, dtype=torch.int32) + (d > 0).sum(0, dtype=torch.int32)
+        rows = rows + counts.sum() + (d > 1).sum().sum(dtype=torch.int32)
         return rows.sum() + (d.softmax(-1) * d.log_softmax(0, dtype=torch.float64)).sum() + (d > 0).sum() + (d > 0).float().mean()
 
 

@@ -37,8 +37,8 @@ def sum_all(b: Builder, x: Ref, dtype: str | None = None) -> Ref:
 def sum_(b: Builder, x: Ref, dims: Dims = None, keepdim: bool = False, dtype: str | None = None) -> Ref:
     x = _to(b, x, dtype)
     if not b.ndim(x):
-        return x if b.value(x).tensor.floating else b.to(x, "int64")
-    return b.op("aten.sum.dim_IntList", x, all_dims(b, x, dims), keepdim)
+        return x if dtype or b.value(x).tensor.floating else b.to(x, "int64")
+    return _to(b, b.op("aten.sum.dim_IntList", x, all_dims(b, x, dims), keepdim), dtype)  # integers are summed as int64
 
 
 def mean_all(b: Builder, x: Ref, dtype: str | None = None) -> Ref:
@@ -70,7 +70,8 @@ def _along(name: str) -> Rule:
     """Ops along one dim with an optional dtype: softmax, log_softmax, cumsum, cumprod."""
 
     def rule(b: Builder, x: Ref, dim: int, dtype: str | bool | None = None) -> Ref:
-        return b.op(f"aten.{name}", _to(b, x, dtype if isinstance(dtype, str) else None), dim % max(b.ndim(x), 1))
+        wanted = dtype if isinstance(dtype, str) else None
+        return _to(b, b.op(f"aten.{name}", _to(b, x, wanted), dim % max(b.ndim(x), 1)), wanted)
 
     return rule
 
