@@ -268,6 +268,8 @@ def one_rank(mesh):
     for name, tensor in ordinary.state_dict().items():
         assert torch.equal(sharded.state_dict()[name], tensor)
     torch.testing.assert_close(sharded.train_step(IDS), ordinary(IDS).detach())
+    del later
+    torch.testing.assert_close(sharded.eval_step(IDS), ordinary(IDS).detach())
     with pytest.raises(DeferredError, match="did something else on this rank than on rank 0"):
         parallelize(deferred(by_rank, rank), mesh, args=(IDS,), device="cpu")
 
