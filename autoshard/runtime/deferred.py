@@ -40,7 +40,7 @@ def deferred(build: Callable[..., M], *args: Any, **kwargs: Any) -> M:
     """`build(*args, **kwargs)` with its tensors on meta, to be filled rank by rank by `parallelize`. Raises DeferredError.
 
     torch's default generator is left somewhere else, the same on every rank; filling the model leaves it where construction on one
-    device would have, unless it has been seeded or used in between.
+    device would have, unless it has been seeded or used in between. (A generator of one's own stays where it is left.)
     """
     recorder = Recorder()
     with recorder, OnCpu(recorder):

@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
         if not all(isinstance(o, Tensor) or o is None for o in pytree.tree_leaves(outs)):
             return self.really(func, args, kwargs, None, random)
         if name in _LIKE and (made := [t for t in pytree.tree_leaves(outs) if not self.mine(t)]):
-            fill, values = _LIKE[name](*args, **{k: v for k, v in kwargs.items() if k in ("fill_value", "size", "low", "high")})
+            fill, values = _LIKE[name](*args)
             anew = (tuple(made[0].shape), made[0].stride(), made[0].dtype, fill, values)
             self.record(_filled, anew, {k: v for k, v in kwargs.items() if k == "generator"}, outs, [], False, random)
         else:
