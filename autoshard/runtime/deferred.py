@@ -21,7 +21,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from ..errors import DeferredError
 from .recorder import OnCpu, Recorder, address
 from .replay import replay, value
 
+if TYPE_CHECKING:
+    from .comm import Comm
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -37,7 +40,7 @@ def deferred(build: Callable[..., M], *args: Any, **kwargs: Any) -> M:
     """`build(*args, **kwargs)` with its tensors on meta, to be filled rank by rank by `parallelize`. Raises DeferredError.
 
     torch's default generator is left somewhere else, the same on every rank; filling the model leaves it where construction on one
-    device would have, unless it has been seeded or used in between.
+    device would have, unless it has been seeded or used in between. (A generator of one's own stays where it is left.)
     """
     recorder = Recorder()
     with recorder, OnCpu(recorder):
@@ -97,6 +100,28 @@ def promised(model: Any) -> list[Path]:
     return list(dict.fromkeys(folder for deferral in found if deferral for folder in deferral.promised.values()))
 
 
+def agree(model: nn.Module, comm: Comm) -> None:
+    """Every rank replays rank 0's recording: its seeds, and the real tensors that its constructor was given. (Ranks may be seeded each in
+    their own way.) Raises DeferredError on all ranks where constructors did different things."""
+    found = {id(d): d for d in map(_known, _tensors(model).values()) if d is not None}
+    for deferral in found.values():
+        recording = deferral.recorder.recording
+        mine, start = recording.fingerprint(), recording.start
+        first = comm.share(mine)
+        comm.together(functools.partial(_same, mine, first))
+        recording.replace(lambda tensor: comm.broadcast(tensor.to(comm.device, copy=True), 0).cpu())
+        if not torch.equal(recording.start, start):
+            deferral.left = None  # where rank 0's generator ends is no place for this rank's
+
+
+def _same(mine: str, first: str) -> None:
+    if mine != first:
+        raise DeferredError(
+            "the constructor of the deferred model did something else on this rank than on rank 0",
+            hint="look for what differs by rank: its number, the time, numbers drawn by python or numpy, the order of a set",
+        )
+
+
 class _Deferral:
     """A finished recording, found again by the addresses of its (meta) storages, which it keeps alive."""
 
@@ -104,7 +129,7 @@ class _Deferral:
         self.recorder = recorder
         self.versions: dict[int, int] = {}
         self.promised: dict[int, Path] = {}
-        self.left = torch.default_generator.get_state()
+        self.left: Tensor | None = torch.default_generator.get_state()
         self.casting = False
 
     def __deepcopy__(self, memo: Any) -> _Deferral:
@@ -143,8 +168,10 @@ class _Deferral:
     def fill(self, numbers: list[int]) -> Iterator[tuple[int, torch.UntypedStorage]]:
         before = torch.default_generator.get_state()
         after = yield from replay(self.recorder.recording, numbers, to_the_end=not self.promised)
+        if self.promised or self.left is None:
+            return
         # a user who seeded or drew since then goes on from there; whose weights are read has drawn nothing
-        if not self.promised and torch.equal(before, self.left) and torch.equal(torch.default_generator.get_state(), before):
+        if torch.equal(before, self.left) and torch.equal(torch.default_generator.get_state(), before):
             torch.default_generator.set_state(after)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError
 from ..lower.program import Program, Slot, bind
 from .comm import Comm
+from .deferred import agree
 from .executor import Step
 from .generate import generate
 from .inputs import torch_dtype
@@ -90,6 +91,8 @@ class Sharded(Trainable):
         tensors = self.weights.state_dict(keep_vars=True) if isinstance(self.weights, nn.Module) else self.weights
         if self.comm.alone:
             return
+        if isinstance(self.weights, nn.Module):
+            agree(self.weights, self.comm)
         with torch.no_grad():
             for name in sorted(tensors):
                 tensor = tensors[name]

@@ -58,7 +58,7 @@ class Recorder(TorchDispatchMode):
         self.numbers: dict[int, int] = {}
         self.generators: list[torch.Generator] = [torch.default_generator]
         self.seen: dict[int, Tensor] = {0: self.recording.start}
-        self.after: dict[bytes, int] = {}
+        self.after: dict[bytes, int] = {self.recording.start.numpy().tobytes(): -1}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
         if not all(isinstance(o, Tensor) or o is None for o in pytree.tree_leaves(outs)):
             return self.really(func, args, kwargs, None, random)
         if name in _LIKE and (made := [t for t in pytree.tree_leaves(outs) if not self.mine(t)]):
-            fill, values = _LIKE[name](*args, **{k: v for k, v in kwargs.items() if k in ("fill_value", "size", "low", "high")})
+            fill, values = _LIKE[name](*args)
             anew = (tuple(made[0].shape), made[0].stride(), made[0].dtype, fill, values)
             self.record(_filled, anew, {k: v for k, v in kwargs.items() if k == "generator"}, outs, [], False, random)
         else:
@@ -180,9 +180,9 @@ class Recorder(TorchDispatchMode):
             if isinstance(op.state, int):
                 self.recording.remembered[op.state] = None
         op.source = number
-        if number:
-            call_args, call_kwargs = op.args
-            op.args = (call_args, {**call_kwargs, "generator": Source(number)})
+        call_args, call_kwargs = op.args
+        if "generator" in call_kwargs:
+            op.args = (call_args, {**call_kwargs, "generator": Source(number) if number else None})
         # every draw leaves the generator in a state of its own, so that a constructor that comes back to one is understood
         with _disable_current_modes():
             torch.empty(1).uniform_(generator=generator)

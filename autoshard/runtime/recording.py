@@ -10,7 +10,8 @@ alone; the first only moves the generator on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,8 @@ class Recording:
         self.storages: list[Storage] = []
         self.start = torch.default_generator.get_state()
         self.remembered: dict[int, Tensor | None] = {}
-        """Draw after which the constructor took the generator's state, to come back to it → the real state, once replayed."""
+        """Draw after which the constructor took the generator's state (-1: before the first), to come back to it → the real state, once
+        replayed."""
 
     def new_storage(self, held: Any) -> int:
         self.storages.append(Storage(held))
@@ -114,6 +116,24 @@ class Recording:
     def making(self, number: int) -> list[int]:
         """The ops that make a storage what it is now."""
         return self.ancestors([self.storages[number].writer])
+
+    def fingerprint(self) -> str:
+        """Of what was done, without the contents that `replace` changes."""
+        found = hashlib.sha256()
+        for op in self.ops:
+            state = op.state if isinstance(op.state, int) else op.state is not None
+            name = getattr(op.func, "__qualname__", "") or str(op.func)
+            found.update(repr((name, op.args, sorted(op.made.items()), sorted(op.needs), op.dtype, op.source, state)).encode())
+        return found.hexdigest()
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Give other contents to what the recording holds: generators' states and constants."""
+        self.start = change(self.start)
+        for op in self.ops:
+            if isinstance(op.state, Tensor):
+                op.state = change(op.state)
+            if op.constant is not None and op.constant.numel():
+                op.constant = change(op.constant)
 
     def part(self, number: int) -> Part:
         return number, self.storages[number].generation

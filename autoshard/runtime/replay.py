@@ -55,6 +55,8 @@ class Replay:
 
     def __init__(self, recording: Recording, goals: Sequence[int]) -> None:
         self.r = recording
+        if -1 in recording.remembered:
+            recording.remembered[-1] = recording.start
         self.at: dict[int, Tensor] = {0: recording.start}
         self.before: dict[int, Tensor] = {}
         self.turn = -1

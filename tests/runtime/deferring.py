@@ -64,6 +64,9 @@ class Interleaved(nn.Module):
                 torch.full_like(self.sums.data.t(), 3.0),
             ]
         )
+        self.register_buffer("ones", torch.ones_like(input=self.sums, dtype=torch.bool))
+        self.register_buffer("full", torch.full_like(input=self.sums, fill_value=2.5, dtype=torch.int64))
+        self.register_buffer("new", self.sums.new_full(size=(2, 3), fill_value=7) * self.sums.new_ones(2, 1))
         self.register_buffer("numbers", torch.randint_like(self.sums.detach(), 3, 9))
         self.register_buffer("few", torch.randint_like(self.sums.detach(), 5))
         torch.poisson(self.layers[1].weight.detach().abs() * 30)  # how far this moves the generator depends on what it reads

@@ -22,8 +22,8 @@ LARGEST = 30_000_000
 """Parameters; what is still larger with the sizes below is passed over."""
 SIZES: dict[int, str] = {
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_key_value_heads",
-    4: "num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads num_experts num_local_experts n_routed_experts "
-    "state_size",
+    4: "num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads num_experts num_local_experts "
+    "n_routed_experts state_size",
     8: "head_dim",
     32: "hidden_size d_model n_embd image_size moe_intermediate_size embedding_size",
     64: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff max_position_embeddings n_positions",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from types import SimpleNamespace
 from unittest import mock
 
@@ -239,16 +240,38 @@ def test_what_a_folder_lacks_or_cant_be_promised(tmp_path):
 # ---- sharding -------------------------------------------------------------------------------------------------------
 
 
+def given(table: torch.Tensor) -> Tall:
+    model = Tall(2, 16)
+    state = torch.get_rng_state()
+    model.layers[0].weight.data.copy_(table * torch.randn(16, 16))
+    torch.set_rng_state(state)
+    model.layers[1].weight.data.copy_(torch.randn(16, 16))
+    return model
+
+
+def by_rank(rank: int) -> Tall:
+    model = Tall(2, 16)
+    model.layers[1].bias.data.fill_(rank)
+    return model
+
+
 def one_rank(mesh):
+    rank = int(os.environ["RANK"])
     torch.manual_seed(3)
-    ordinary = Tall(2, 16)
-    torch.manual_seed(3)
-    later = deferred(Tall, 2, 16)
+    ordinary = given(torch.ones(16, 16))
+    torch.manual_seed(3 + rank)
+    later = deferred(given, torch.ones(16, 16) + rank)  # rank 0's are the model's, as they are without deferral
+    state = torch.get_rng_state()
     assert is_deferred(later) and not is_deferred(ordinary)
     sharded = parallelize(later, mesh, args=(IDS,), device="cpu")
+    assert torch.equal(torch.get_rng_state(), state) == (rank == 1)
     for name, tensor in ordinary.state_dict().items():
         assert torch.equal(sharded.state_dict()[name], tensor)
     torch.testing.assert_close(sharded.train_step(IDS), ordinary(IDS).detach())
+    del later
+    torch.testing.assert_close(sharded.eval_step(IDS), ordinary(IDS).detach())
+    with pytest.raises(DeferredError, match="did something else on this rank than on rank 0"):
+        parallelize(deferred(by_rank, rank), mesh, args=(IDS,), device="cpu")
 
 
 def test_real_ranks():
