@@ -166,7 +166,7 @@ def export_step(model: torch.nn.Module, leaves: list[Any], tree: Any, loss: Call
         stack.enter_context(exact_sources(Step.forward.__code__))
         tensors = tuple(fake_like(leaf, mode) for leaf in leaves if isinstance(leaf, Tensor))
         try:
-            with Watch(checked.append), checks_pass(checked.append):
+            with Watch(checked.append, opaque), checks_pass(checked.append):
                 program = torch.export.export(Step(model, leaves, tree, loss, names, notes), tensors, strict=False)
             inline_regions(program.graph_module)
             draws = number_draws(program.graph)

@@ -228,6 +228,41 @@ def _run_aside(cls: type, fn: Callable[..., Any], tensors: list[Tensor]) -> Any:
         return outs
 
 
+# ---- torch's own functions of which export sees too much
+
+
+def _losses(z: Tensor, y: Tensor, sizes: Any, lengths: Any, blank: int = 0, reduction: str | int = "mean", *_: Any, **__: Any) -> Shapes:
+    """ctc_loss: a loss for each row, or one number."""
+    return ((z.shape[1],) if reduction in (0, "none") and z.ndim == 3 else (),)
+
+
+Shapes = tuple[tuple[int, ...], ...]
+WHOLE: dict[Callable[..., Any], Callable[..., Shapes]] = {torch.ctc_loss: _losses, torch.nn.functional.ctc_loss: _losses}
+"""Functions that compute values of sizes that depend on data on the way to results of fixed shapes: those shapes, by the arguments."""
+
+
+def whole_call(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], opaque: dict[str, Callable[..., Any]]) -> Any:
+    """A call of one of them (with tensors among its positional arguments), as one opaque op. Its results have its first tensor's dtype."""
+    at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    plain = [None if isinstance(a, Tensor) else a for a in args]
+
+    def fn(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = list(plain)
+        for i, t in zip(at, tensors, strict=True):
+            given[i] = t
+        out = func(*given, **options)
+        return out if isinstance(out, tuple) else (out,)
+
+    tensors, shapes = [args[i] for i in at], WHOLE[func](*args, **options)
+    name = func.__name__
+    text = f"{name}{plain!r}{options!r}{at}{[(tuple(t.shape), t.dtype) for t in tensors]}"
+    entry = primitives.Opaque((name, plain, options, at), fn, shapes, (tensors[0].dtype,) * len(shapes))
+    key = primitives.register_opaque(f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}", entry)
+    opaque[key] = fn
+    outs = torch.ops.autoshard.opaque(key, tensors)
+    return outs[0] if len(outs) == 1 else tuple(outs)
+
+
 # ---- gradient checkpointing: recompute is the plan's choice, so the wrapper captures as if absent
 
 
@@ -258,14 +293,14 @@ def no_checkpoint() -> Iterator[None]:
 
 class Watch(TorchFunctionMode):
     """Sees the model's calls into torch: decides checks and branches on uniform draws that have one outcome, refuses hooks and inner
-    backward. `taken` is told where a check was taken to hold.
+    backward. `taken` is told where a check was taken to hold; `opaque` receives what is kept whole.
 
     A value in [0, 1) compared with a number outside decides the comparison: `torch.rand([]) < 0.0` is False whatever is drawn.
     """
 
-    def __init__(self, taken: Callable[[str], None]) -> None:
+    def __init__(self, taken: Callable[[str], None], opaque: dict[str, Callable[..., Any]]) -> None:
         super().__init__()
-        self.taken = taken
+        self.taken, self.opaque = taken, opaque
         self.bounds: dict[int, tuple[Tensor, float, float]] = {}
         self.known: dict[int, tuple[Tensor, bool]] = {}
 
@@ -278,6 +313,8 @@ class Watch(TorchFunctionMode):
             raise CaptureError(f"forward calls Tensor.{name}, which capture would drop", where=source_here(), hint="remove the hook")
         if name in ("__bool__", "item") and args and id(args[0]) in self.known:
             return self.known[id(args[0])][1]
+        if func in WHOLE:
+            return whole_call(func, args, kwargs, self.opaque)
         if func is torch._assert and isinstance(args[0], Tensor):
             self.taken(source_here())
             return None

@@ -38,12 +38,13 @@ class Scattered(Two):
         some = (x[:, 0] > -0.3)[:, None]
         a = h.masked_scatter(some, rows) + h.masked_scatter(some.expand(-1, 8), rows.sin()) + h.masked_scatter(x > 0.1, rows.t())
         again = torch.cat(h.split([3, 1, 4]), 0) + torch.cat(h.split([3, 1, 4])[::-1], 0)
+        again = again + torch.cat(list(h.view(2, 4, 8)), 0) + torch.cat(list(h.view(8, 2, 4).transpose(0, 1)), 1)
         return (a * a.cos()).sum() + again.square().sum()
 
 
 def test_scattering_by_a_mask_takes_rows_and_a_split_put_together_is_nothing() -> None:
     found = targets(agrees(Scattered()))
-    assert found.count("aten.index.Tensor") == 3 and found.count("aten.cat.default") == 1
+    assert found.count("aten.index.Tensor") == 3 and found.count("aten.cat.default") == 2
 
 
 class Products(Two):
@@ -148,6 +149,29 @@ def test_flattened_linears_keep_their_dims() -> None:
     captured = agrees(Conv1d(), 2, 3, 8)
     matmul = next(op for op in captured.graph.ops if op.target == "aten.matmul.default")
     assert captured.graph.values[matmul.name].tensor.shape == (2, 3, 6)
+
+
+class Alignments(nn.Module):
+    """CTC: its inner sizes depend on the lengths of the targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.out(x).log_softmax(-1).transpose(0, 1)
+        targets = (x[:, :3, 0].abs() * 9).long() % 4 + 1
+        lengths, sizes = (x[:, 0, 1].abs() * 9).long() % 3 + 1, torch.full((len(x),), x.shape[1])
+        each = F.ctc_loss(z, targets, sizes, lengths, reduction="none")
+        return (
+            F.ctc_loss(z, targets, sizes, lengths)
+            + each.square().sum()
+            + F.ctc_loss(z, targets, [7] * len(x), [2] * len(x), reduction="sum")
+        )
+
+
+def test_ctc_is_kept_whole() -> None:
+    assert targets(agrees(Alignments(), 3, 7, 8)).count("autoshard.opaque.default") == 3
 
 
 # ---- attention

@@ -90,6 +90,25 @@ def captions() -> Batch:
     return {"input_ids": tokens(), "pixel_values": draw(BATCH, 3, 16, 16), "labels": uneven_labels(tokens())}
 
 
+def placed(size: int, features: int = 4) -> Callable[[], Batch]:
+    """Texts that begin with the places of a picture's features, and the pictures."""
+
+    def batch() -> Batch:
+        ids = tokens().clamp_min(6)
+        ids[:, :features] = 5
+        return {"input_ids": ids, "pixel_values": draw(BATCH, 3, size, size), "labels": uneven_labels(tokens())}
+
+    return batch
+
+
+def prefixed() -> Batch:
+    return placed(16)() | {"token_type_ids": (torch.arange(SEQ) > 5).long().repeat(BATCH, 1)}
+
+
+def large_pictures() -> Batch:
+    return {"pixel_values": draw(BATCH, 3, 32, 32), "labels": classes()}
+
+
 def spans() -> Batch:
     return {"input_ids": tokens(), "start_positions": classes(), "end_positions": classes(SEQ)}
 
@@ -142,6 +161,16 @@ FUNNEL = {"vocab_size": VOCAB, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner
 MROPE = {"num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
 MAE = {"decoder_num_attention_heads": 4, "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 64}
 SPEECH = {"input_feat_per_channel": 8, "conv_channels": 16, "max_source_positions": 64, "max_target_positions": 64}
+PLACES = {"image_token_id": 5, "image_token_index": 5}
+SMALL_CLIP = PATCHES | {"model_type": "clip_vision_model", "image_size": 8, "projection_dim": 16}
+LARGE_SIGLIP = PATCHES | {"model_type": "siglip_vision_model", "patch_size": 8, "vision_use_head": False, "projection_dim": 32}
+MOBILE = {
+    "image_size": 32,
+    "patch_size": 2,
+    "hidden_sizes": [16, 24, 32],
+    "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32],
+    "num_labels": 10,
+}
 PLANES = {"num_mel_bins": 16, "max_length": 16, "patch_size": 4, "frequency_stride": 4, "time_stride": 4, "num_labels": 10}
 
 FURTHER: dict[str, Tower] = {
@@ -175,6 +204,7 @@ FURTHER: dict[str, Tower] = {
     "poolformer": Tower("ImageClassification", PYRAMID | {"padding": [1, 1]}, pictures),
     "segformer": Tower("SemanticSegmentation", PYRAMID | {"sr_ratios": [2, 1], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2],
                                                           "decoder_hidden_size": 32}, outlines, whole_batch=True, random=True),
+    "mobilevit": Tower("ImageClassification", MOBILE | {"num_attention_heads": 4, "num_labels": 10}, large_pictures, whole_batch=True),
     "vit_mae": Tower("PreTraining", IMAGE | MAE, alone, random=True),
     "vivit": Tower("VideoClassification", IMAGE | {"num_frames": 4, "tubelet_size": [2, 4, 4]}, videos),
     "timesformer": Tower("VideoClassification", IMAGE | {"num_frames": 4}, videos),
@@ -186,6 +216,10 @@ FURTHER: dict[str, Tower] = {
     "siglip": Tower("AutoModel", PAIR, pairs, whole_batch=True),
     "blip": Tower("ImageTextToText", {"text_config": TEXT | {"bos_token_id": 1}, "vision_config": PATCHES, "image_text_hidden_size": 16},
                   captions),
+    "llava": Tower("ImageTextToText", {"text_config": BASE | {"model_type": "llama", "num_key_value_heads": 2}, "vision_config": SMALL_CLIP,
+                                       "image_seq_length": 4} | PLACES, placed(8)),
+    "paligemma": Tower("ImageTextToText", {"text_config": BASE | {"model_type": "gemma", "num_key_value_heads": 2, "head_dim": 8},
+                                           "vision_config": LARGE_SIGLIP, "projection_dim": 32} | PLACES, prefixed),
     "git": Tower("CausalLM", BASE | {"vision_config": PATCHES}, captions),
     "qwen2_vl": Tower("ImageTextToText", {"text_config": BASE | MROPE, "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32,
                                                                                         "num_heads": 4}}, masked),

@@ -137,10 +137,27 @@ def unbind(b: Builder, x: Ref, dim: int = 0) -> tuple[Ref, ...]:
 
 def cat(b: Builder, tensors: Sequence[Ref], dim: int = 0) -> Ref:
     kept = [t for t in tensors if b.shape(t) != (0,)] or list(tensors[:1])  # torch skips empty 1-d tensors
-    parts = b.made_by(kept[0], "aten.split_with_sizes.default")
-    if parts is not None and [t.name for t in kept] == list(parts.outs) and dim % b.ndim(kept[0]) == parts.args[2]:
-        return parts.args[0]  # what was split, put together again
+    if (whole := put_together(b, kept, dim % b.ndim(kept[0]))) is not None:
+        return whole
     return kept[0] if len(tensors) == 1 else b.op("aten.cat.default", tuple(kept), dim % b.ndim(kept[0]))
+
+
+def put_together(b: Builder, parts: Sequence[Ref], dim: int) -> Ref | None:
+    """What was split and is put together again along the same dim: as it was, or (each part with the next dim merged into that one, as
+    `torch.cat(list(x))` has them) with those two merged."""
+    merged = [b.made_by(part, "aten.reshape.default") for part in parts]
+    sources = [m.args[0] for m in merged if m is not None] or list(parts)
+    made = b.made_by(sources[0], "aten.split_with_sizes.default")
+    if made is None or [s.name for s in sources] != list(made.outs) or len(sources) != len(parts) or made.args[2] != dim:
+        return None
+    shapes = [b.shape(s) for s in sources]
+    if [b.shape(part) for part in parts] == shapes:
+        return made.args[0]
+    flat = [(*s[:dim], math.prod(s[dim : dim + 2]), *s[dim + 2 :]) for s in shapes]
+    if [b.shape(part) for part in parts] != flat:
+        return None
+    whole = b.shape(made.args[0])
+    return b.reshape(made.args[0], (*whole[:dim], math.prod(whole[dim : dim + 2]), *whole[dim + 2 :]))
 
 
 def stack(b: Builder, tensors: Sequence[Ref], dim: int = 0) -> Ref:
@@ -230,9 +247,8 @@ def masked_scatter(b: Builder, x: Ref, mask: Ref, source: Ref) -> Ref:
     while k < min(len(shape), b.ndim(source)) and thin[-1 - k] == 1 and b.shape(source)[-1 - k] == shape[-1 - k]:
         k += 1
     lead, row = shape[: len(shape) - k], shape[len(shape) - k :]
-    for dim in range(len(lead), len(shape)):
-        mask = b.slice(mask, dim, 0, 1)
-    mask = b.reshape(mask, lead)
+    small = b.reshape(wide.args[0] if wide is not None else mask, thin[: len(lead)])
+    mask = b.expand(small, lead)
     rows = b.reshape(source, (-1, *row))
     at = b.op("aten.cumsum.default", b.to(b.reshape(mask, (math.prod(lead),)), "int64"), 0)
     at = b.op("aten.clamp.default", b.op("aten.sub.Tensor", at, 1), 0, b.shape(rows)[0] - 1)
