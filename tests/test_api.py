@@ -187,5 +187,19 @@ def fails_alike():
         parallelize(Bad(), "dp=2", kwargs=batch(), device="cpu")
 
 
+def dealt_out():
+    sharded = parallelize(Small(), "dp=2", kwargs=batch(), device="cpu")
+    rank = torch.distributed.get_rank()
+    for step in (sharded.train_step, sharded.eval_step):
+        for rows in (slice(4 * rank, 4 * rank + 4), slice(0, 4 + rank)):
+            with pytest.raises(autoshard.BatchError, match="rank 1 is given another batch than rank 0"):
+                step(**{name: tensor[rows] for name, tensor in batch().items()})
+    torch.testing.assert_close(sharded.train_step(**batch()), Small()(**batch()).detach(), **TIGHT)
+
+
+def test_a_batch_that_is_dealt_out_to_the_ranks_is_refused():
+    ranks(2, dealt_out)
+
+
 def test_what_fails_on_one_rank_is_raised_on_all():
     ranks(2, fails_alike)
