@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from .checkpoint.background import Background
 
 Weights = Mapping[str, Tensor]
-Outputs = Sequence[str] | bool
+Outputs = Sequence[str] | str | bool
+"""Names, one name, or True for all."""
 
 
 @dataclass
@@ -63,6 +64,10 @@ class Wanted:
     kind: str = "outputs"
     names: Outputs = ()
     loss: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str):
+            object.__setattr__(self, "names", (self.names,))
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -171,6 +176,12 @@ class Trainable(ABC):
         """A rank's shard, in every process (given where the rank lives)."""
 
     # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise BatchError(
+            "a sharded model isn't called",
+            hint="train_step(…) gives the loss and leaves gradients; eval_step(…, outputs=True) gives outputs",
+        )
 
     @property
     def plan(self) -> Plan:
