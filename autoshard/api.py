@@ -66,6 +66,8 @@ def parallelize(
     torch.compile (default: on CUDA). `exact_random`: dropout replays torch's own CPU stream, as the plain model draws it (slow, for
     comparisons); otherwise every element's draw is keyed by seed and global index, the same under every plan.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
     where = choose_device(mesh, device)
     comm = Comm(where)
     cluster, degrees = comm.together(lambda: _ranks(mesh, comm))
@@ -98,7 +100,7 @@ class Rooms:
     ) -> tuple[Program, Captured]:
         model = self.whole
         with contextlib.nullcontext() if training else _eval_mode(model):
-            captured = self.comm.together(lambda: wanted.kept_by(capture(model, args, kwargs, wanted.loss or self.loss, self.batch_dims)))
+            captured = self.comm.together(lambda: wanted.kept_by(self.captured(model, args, kwargs, wanted.loss or self.loss)))
         mine = fingerprint(captured.graph)
         first = self.comm.share(mine)
         self.comm.together(lambda: _same_graph(mine, first))
@@ -112,6 +114,16 @@ class Rooms:
         program = self.comm.together(lambda: lower(captured, plan, dropout="exact" if self.exact_random else "philox"))
         self.programs.append(program)
         return program, captured
+
+    def captured(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
+    ) -> Captured:
+        found = capture(model, args, kwargs, loss, self.batch_dims)
+        paths = [v.path for v in found.graph.sources("input")]
+        for path in self.batch_dims or ():
+            if path not in paths and (found.spec is None or path not in found.spec.paths):
+                raise BatchError(f"batch_dims names {path!r}, which is no argument", hint=f"the arguments are {', '.join(paths)}")
+        return found
 
     @property
     def whole(self) -> nn.Module:

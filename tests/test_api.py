@@ -126,6 +126,24 @@ def test_microbatches_that_cannot_be(caplog):
     assert "microbatches=2 isn't followed" in caplog.text and "exp" in caplog.text
 
 
+def test_mistakes_are_told():
+    with pytest.raises(autoshard.CaptureError, match="the model is a function"):
+        parallelize(lambda x: x, "dp=1", kwargs=batch(), device="cpu")
+    with pytest.raises(autoshard.BatchError, match=r"batch_dims names 'ids', which is no argument\n  hint: the arguments are kwargs.ids"):
+        parallelize(Small(), "dp=1", kwargs=batch(), device="cpu", batch_dims={"ids": 0})
+    sharded = parallelize(Small(), "dp=1", kwargs=batch(), device="cpu")
+    with pytest.raises(autoshard.BatchError, match="train_step"):
+        sharded(**batch())
+    with pytest.raises(autoshard.BatchError, match="no output 'logits'"):
+        sharded.eval_step(**batch(), outputs="logits")
+    with pytest.raises(autoshard.OptimizerError, match="class is expected, found one of SGD"):
+        sharded.optimizer(torch.optim.SGD(sharded.parameters()))
+    with pytest.raises(autoshard.OptimizerError, match="AdamW has no 'weight_deca', which the group '\\*' sets"):
+        sharded.optimizer(torch.optim.AdamW, groups=[("*", {"weight_deca": 0.0})])
+    with pytest.raises(autoshard.MeshError, match="the device is cuda, but there is no GPU"):
+        parallelize(Small(), "dp=1", kwargs=batch(), device="cuda")
+
+
 def test_evaluation_has_no_dropout():
     plain, sharded = Small(p=0.5), parallelize(Small(p=0.5), "dp=1", kwargs=batch(), device="cpu")
     first, second = sharded.train_step(**batch()), sharded.train_step(**batch())
@@ -187,6 +205,20 @@ def fails_alike():
 
     with pytest.raises(Exception, match="only here"):
         parallelize(Bad(), "dp=2", kwargs=batch(), device="cpu")
+
+
+def dealt_out():
+    sharded = parallelize(Small(), "dp=2", kwargs=batch(), device="cpu")
+    rank = torch.distributed.get_rank()
+    for step in (sharded.train_step, sharded.eval_step):
+        for rows in (slice(4 * rank, 4 * rank + 4), slice(0, 4 + rank)):
+            with pytest.raises(autoshard.BatchError, match="rank 1 is given another batch than rank 0"):
+                step(**{name: tensor[rows] for name, tensor in batch().items()})
+    torch.testing.assert_close(sharded.train_step(**batch()), Small()(**batch()).detach(), **TIGHT)
+
+
+def test_a_batch_that_is_dealt_out_to_the_ranks_is_refused():
+    ranks(2, dealt_out)
 
 
 def test_what_fails_on_one_rank_is_raised_on_all():

@@ -6,6 +6,7 @@ each, compiled on CUDA, and called directly; everything else is `trainable.Train
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from ..errors import CaptureError
+from ..errors import BatchError, CaptureError
 from ..lower.program import Program, Slot, bind
 from .comm import Comm
 from .deferred import agree
@@ -107,6 +108,7 @@ class Sharded(Trainable):
             return super()._for_training(args, kwargs, wanted)
         key = ("train", *_key(args, kwargs), wanted.key)
         if key not in self.known:
+            self._agree_on_batch(args, kwargs)
             if "training" not in self.__dict__:
                 self.begin(*self.source(args, kwargs, training=True, like=None, wanted=wanted))
                 self.known[key] = self.training
@@ -121,6 +123,7 @@ class Sharded(Trainable):
             return super()._for_evaluation(args, kwargs, wanted)
         key = ("eval", *_key(args, kwargs), wanted.key)
         if key not in self.known:
+            self._agree_on_batch(args, kwargs)
             self.known[key] = self._another(args, kwargs, wanted, training=False)
         return self.known[key]
 
@@ -131,6 +134,23 @@ class Sharded(Trainable):
         program, captured = self.source(args, kwargs, training=training, like=self.program, wanted=wanted)
         self.groups = self.comm.prepare(program)
         return self.comm.together(lambda: self._load(program, captured))
+
+    def _agree_on_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Looked at once for each kind of batch: who deals out the batch to the ranks, as other libraries want it, trains on something
+        else than meant. Raises BatchError."""
+        if self.comm.alone:
+            return
+        mine = _digest(args, kwargs)
+        first = self.comm.share(mine)
+
+        def same() -> None:
+            if mine != first:
+                raise BatchError(
+                    f"rank {self.comm.rank} is given another batch than rank 0",
+                    hint="give every rank the whole global batch (each reads its own part of it): the same seed, no DistributedSampler",
+                )
+
+        self.comm.together(same)
 
     def signature(self) -> Callable[..., Any]:
         """The model's forward, for the names of its arguments."""
@@ -180,6 +200,15 @@ def _key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Key:
     leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
     facts = ((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf)) for leaf in leaves)
     return (str(tree), *facts)
+
+
+def _digest(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """What a batch holds, in a few letters."""
+    found = hashlib.blake2b(repr(_key(args, kwargs)).encode(), digest_size=16)
+    for leaf in pytree.tree_leaves((args, dict(sorted(kwargs.items())))):
+        if isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_meta:
+            found.update(leaf.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return found.hexdigest()
 
 
 def _fits(loaded: Loaded, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

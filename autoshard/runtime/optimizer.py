@@ -40,6 +40,10 @@ WHOLE = {
 
 def check_elementwise(cls: type[optim.Optimizer]) -> None:
     """Raise OptimizerError unless the class may run on shards: a subclass may do anything, so it has to say so itself."""
+    if not isinstance(cls, type):
+        raise OptimizerError(
+            f"an optimizer's class is expected, found one of {type(cls).__name__}", hint="as optimizer(torch.optim.AdamW, lr=1e-3)"
+        )
     if cls in ELEMENTWISE or cls.__dict__.get("elementwise") is True:
         return
     why = next((WHOLE[c.__name__] for c in cls.__mro__ if c.__name__ in WHOLE), None)
@@ -73,6 +77,13 @@ class ShardedOptimizer(optim.Optimizer):
             if not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
                 options["fused"] = True
         self.inner = cls(_groups(self.named, self.masters, groups, names), **options)
+        for pattern, mine in groups:
+            unknown = [key for key in mine if key not in self.inner.defaults]
+            if unknown:
+                raise OptimizerError(
+                    f"{cls.__name__} has no {unknown[0]!r}, which the group {pattern!r} sets",
+                    hint=f"it has {', '.join(self.inner.defaults)}",
+                )
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self.norm: Tensor | None = None
         """The gradients' norm over all ranks, if it was taken since they last changed."""

@@ -23,6 +23,7 @@ from ..trace.captured import unknown
 from .deferred import is_deferred, materialise, promised
 from .executor import Executor, State, Step
 from .inputs import StepInputs, draw_masks, torch_dtype
+from .limits import Limits
 from .optimizer import ShardedOptimizer
 from .requests import Request
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from .checkpoint.background import Background
 
 Weights = Mapping[str, Tensor]
-Outputs = Sequence[str] | bool
+Outputs = Sequence[str] | str | bool
+"""Names, one name, or True for all."""
 
 
 @dataclass
@@ -43,6 +45,16 @@ class Loaded:
     program: Program
     captured: Captured | None
     executors: list[Executor]
+
+    def __post_init__(self) -> None:
+        self.limits = None if self.captured is None else Limits(self.captured)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The global batch by value name, checked. Raises BatchError."""
+        batch = self.flatten(args, kwargs)
+        if self.limits is not None:
+            self.limits.check(batch)
+        return batch
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The global batch by value name. Raises BatchError."""
@@ -63,6 +75,10 @@ class Wanted:
     kind: str = "outputs"
     names: Outputs = ()
     loss: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str):
+            object.__setattr__(self, "names", (self.names,))
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -186,6 +202,12 @@ class Trainable(ABC):
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise BatchError(
+            "a sharded model isn't called",
+            hint="train_step(…) gives the loss and leaves gradients; eval_step(…, outputs=True) gives outputs",
+        )
+
     @property
     def plan(self) -> Plan:
         return self.program.plan
@@ -200,7 +222,7 @@ class Trainable(ABC):
         `outputs`: names of the model's further outputs (True: all); then (loss, {name: whole tensor}), as of the global batch.
         """
         loaded = self._for_training(args, kwargs, Wanted("outputs", outputs))
-        batch = loaded.flatten(args, kwargs)
+        batch = loaded.read(args, kwargs)
         masks = draw_masks(loaded.program.ranks, loaded.captured.draws if loaded.captured else ())
         inputs = StepInputs(batch, self.seed + self.steps_taken, masks)
         self.steps_taken += 1
@@ -220,7 +242,7 @@ class Trainable(ABC):
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Wanted) -> Any:
         loaded = self._for_evaluation(args, kwargs, wanted)
-        inputs = StepInputs(loaded.flatten(args, kwargs))
+        inputs = StepInputs(loaded.read(args, kwargs))
         steps = [Step(x, s, inputs, train=False) for x, s in zip(loaded.executors, self.states, strict=True)]
         return self._results(steps, bool(wanted))
 

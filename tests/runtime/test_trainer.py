@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,12 +14,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from autoshard.cli import run
 from autoshard.config import Config, Metrics, load, parse
 from autoshard.errors import ConfigError
-from autoshard.runtime.checkpoint import blocks, verify
+from autoshard.runtime.checkpoint import blocks, inspect, verify
 from autoshard.runtime.metrics import NAMES, JsonLines, open_sinks
 from autoshard.runtime.trainer import rate
 
@@ -233,6 +235,32 @@ def test_arguments_that_text_does_not_fill(tiny: Path, capfd: pytest.CaptureFixt
         assert says in capfd.readouterr().err
     assert run(["train", str(tiny), "--set", "parallel.device=cuda"]) == 3
     assert "no GPU" in capfd.readouterr().err
+
+
+def test_every_kind_of_source(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Text, raw tokens and Megatron's files blended by weight, evaluated on a source of its own, fields by name, resumed."""
+    tokens = np.random.default_rng(0).integers(0, 256, 500).astype(np.uint16)
+    tokens.tofile(tiny.parent / "raw.bin")
+    tokens.tofile(tiny.parent / "mega.bin")
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 2)
+    (tiny.parent / "mega.idx").write_bytes(head + struct.pack("<2i2q2q", 200, 300, 0, 400, 0, 2))
+    folder = str(tiny.parent)
+    sources = (
+        f"[{{path: {folder}/text.txt, weight: 2}}, {{path: {folder}/raw.bin, format: tokens}}, {{path: {folder}/mega, format: megatron}}]"
+    )
+    given = [
+        f"data.sources={sources}", f"evaluation.sources=[{{path: {folder}/raw.bin, format: tokens, dtype: uint8}}]",
+        "data.fields={tokens: tokens, targets: next}", "data.order=shuffled", "optimizer.groups=[{match: tab*, lr: 0}]",
+    ]  # fmt: skip
+    options = [part for g in given for part in ("--set", g)]
+    assert run(["train", str(tiny), *options, "--set", "run.steps=4"]) == 0
+    assert "10,000 tokens to train on, 1,000 held out" in capfd.readouterr().out
+    data = inspect(tiny.parent / "checkpoints")["data"]
+    assert data["taken"] == [8, 4, 4] and data["order"] == "shuffled"
+    assert run(["train", str(tiny), *options, "--resume"]) == 0
+    lines = [json.loads(line) for line in (tiny.parent / "metrics.jsonl").read_text().splitlines()]
+    held = [line["validation_metrics/loss"] for line in lines if "validation_metrics/loss" in line]
+    assert len(held) == 2 and held[0] == held[1]  # the only parameter has no learning rate
 
 
 # ---- sinks ------------------------------------------------------------------------------------------------------------

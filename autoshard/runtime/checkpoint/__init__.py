@@ -336,7 +336,9 @@ def _choices(folder: Path, step: int | None) -> list[str]:
     if not found:
         there = ", ".join(path.name for _, path in folders.steps(folder)[:5])
         raise CheckpointError(
-            "no checkpoint here" if step is None else f"no checkpoint of step {step} here; there are {there or 'none'}", where=str(folder)
+            "no checkpoint here" if step is None else f"no checkpoint of step {step} here; there are {there or 'none'}",
+            where=str(folder),
+            hint="a Hugging Face folder is read by runtime.huggingface.load_pretrained" if (folder / "config.json").exists() else "",
         )
     return [os.path.abspath(path) for s, path in found if step is None or (s, path) == found[0]]
 
