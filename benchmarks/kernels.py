@@ -104,6 +104,7 @@ def rotary(make: Maker) -> Iterator[Case]:
     tables = angles.cos().to(make.dtype), angles.sin().to(make.dtype)
     peers = liger("rope", "LigerRopeFunction", lambda *inputs: inputs)
     yield Case(KERNELS["rotary"], [q, k, *tables], [0, 1], Op.rotary, KERNELS["rotary"].reference, peers, outs=2)
+    yield Case(KERNELS["rotary_one"], [q, *tables], [0], Op.rotary_one, KERNELS["rotary_one"].reference)
     packed = make(b, s, (a.heads + 2 * a.kv) * e)
     entry = KERNELS["rotary_packed"]
     yield Case(entry, [packed, *tables, a.heads, a.kv], [0], Op.rotary_packed, entry.reference, outs=3)
