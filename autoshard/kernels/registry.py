@@ -87,7 +87,7 @@ class Table(tuple[Kernel, ...]):
     def __str__(self) -> str:
         """A line a kernel: name, rule, and its least gain where it was measured."""
         gains = [f"{min(m.gain for m in k.measured):.2f} ×" if k.measured else "not measured" for k in self]
-        return "\n".join(f"{k.name:22}{k.rule:48}{gain}" for k, gain in zip(self, gains, strict=True))
+        return "\n".join(f"{k.name:22}{k.rule:70}{gain}" for k, gain in zip(self, gains, strict=True))
 
 
 KERNELS = Table(
