@@ -47,7 +47,12 @@ class Case:
     peers: dict[str, Run] = field(default_factory=dict)
     outs: int = 1
     against: str = "compile"
-    tolerance: float = 3e-2  # bf16: two roundings to 8 bits, of the largest element
+    tolerance: float = 0.0
+
+    @property
+    def allowed(self) -> float:
+        """Distance from the reference: in bf16 a few roundings to 8 bits, of the largest element; in float32 sums of thousands."""
+        return self.tolerance or (3e-2 if self.inputs[0].dtype == torch.bfloat16 else 1e-4)
 
     @property
     def shape(self) -> str:
@@ -104,6 +109,7 @@ def rotary(make: Maker) -> Iterator[Case]:
     tables = angles.cos().to(make.dtype), angles.sin().to(make.dtype)
     peers = liger("rope", "LigerRopeFunction", lambda *inputs: inputs)
     yield Case(KERNELS["rotary"], [q, k, *tables], [0, 1], Op.rotary, KERNELS["rotary"].reference, peers, outs=2)
+    yield Case(KERNELS["rotary_one"], [q, *tables], [0], Op.rotary_one, KERNELS["rotary_one"].reference)
     packed = make(b, s, (a.heads + 2 * a.kv) * e)
     entry = KERNELS["rotary_packed"]
     yield Case(entry, [packed, *tables, a.heads, a.kv], [0], Op.rotary_packed, entry.reference, outs=3)
@@ -177,7 +183,7 @@ def fp8(make: Maker) -> Iterator[Case]:
     yield Case(entry, [make(a.tokens, a.hidden), None, "e4m3", True], [], Op.quantise, entry.reference)
     entry = KERNELS["fp8_linear"]
     x, w = make(a.tokens, a.hidden), make(a.ffn, a.hidden, scale=a.hidden**-0.5)
-    yield Case(entry, [x, w], [0, 1], Op.fp8_linear, entry.reference, {"bf16": F.linear}, against="bf16")
+    yield Case(entry, [x, w], [0, 1], Op.fp8_linear, entry.reference, {"bf16": F.linear}, against="bf16", tolerance=3e-2)
 
 
 CASES: dict[str, Callable[[Maker], Iterator[Case]]] = {
@@ -285,7 +291,7 @@ def compare(case: Case, steps: dict[str, Step]) -> float:
     for mine, theirs in zip(steps["ours"](), steps["eager"](), strict=True):
         mine, theirs = mine.detach().double(), theirs.detach().double()
         worst = max(worst, float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)))
-    assert worst <= case.tolerance, f"{case.kernel.name} on {case.shape}: {worst:.1e} from its reference; expected at most {case.tolerance}"
+    assert worst <= case.allowed, f"{case.kernel.name} on {case.shape}: {worst:.1e} from its reference; expected at most {case.allowed}"
     return worst
 
 

@@ -84,6 +84,11 @@ class Table(tuple[Kernel, ...]):
                 return kernel
         raise KeyError(f"no kernel is called {key}; there are {', '.join(k.name for k in self)}")
 
+    def __str__(self) -> str:
+        """A line a kernel: name, rule, and its least gain where it was measured."""
+        gains = [f"{min(m.gain for m in k.measured):.2f} ×" if k.measured else "not measured" for k in self]
+        return "\n".join(f"{k.name:22}{k.rule:70}{gain}" for k, gain in zip(self, gains, strict=True))
+
 
 KERNELS = Table(
     (
@@ -119,13 +124,21 @@ KERNELS = Table(
             applies=layer_norm.add_applies,
             cost=layer_norm.add_cost,
         ),
-        Kernel(
+        Kernel(  # heads of q and k may differ in number, so that the notation can't cut both: `rotary_one` can be cut by head
             name="rotary",
             op="autoshard.rotary.default",
             reference=rotary.reference,
-            rule="b h s e!, b k s e!, b s r!, b s r! -> b h s e!, b k s e!",
+            rule="b h! s e!, b k! s e!, b s r!, b s r! -> b h! s e!, b k! s e!",
             applies=rotary.applies,
             cost=rotary.cost,
+        ),
+        Kernel(
+            name="rotary_one",
+            op="autoshard.rotary_one.default",
+            reference=rotary.one_reference,
+            rule="b h s e!, b s r!, b s r! -> b h s e!",
+            applies=rotary.one_applies,
+            cost=rotary.one_cost,
         ),
         Kernel(  # heads are counted by its arguments: a packed projection is cut before it is packed
             name="rotary_packed",
@@ -183,11 +196,11 @@ KERNELS = Table(
             applies=moe.route_applies,
             cost=moe.route_cost,
         ),
-        Kernel(
+        Kernel(  # cut along h, positions would be the same on all shards, for which the notation has no word
             name="moe_permute",
             op="autoshard.moe_permute.default",
             reference=moe.permute_reference,
-            rule="t! h, t! k! -> n! h, t! k!, e!",
+            rule="t! h!, t! k! -> n! h!, t! k!, e!",
             applies=moe.permute_applies,
             cost=moe.permute_cost,
         ),

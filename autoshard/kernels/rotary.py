@@ -1,4 +1,5 @@
-"""Rotary position embedding of q and k at once; `rotary_packed` takes them, and v, out of one packed projection.
+"""Rotary position embedding: `rotary` of q and k at once; `rotary_packed` of both, taken with v out of one packed projection;
+`rotary_one` of one.
 
 forward:   y = x · c + J x · s,    (J x)₁ = -x₂, (J x)₂ = x₁ on pairs: (i, i + r/2), or with `interleaved` (2i, 2i + 1)
 backward:  dx = dy · c + Jᵀ (dy · s): for tables of angles, the rotation by -θ
@@ -28,6 +29,10 @@ TILE = 2048  # elements that a program holds
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotated: int = 0, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     return tuple(_turn(x, cos, sin, rotated, interleaved, False) for x in (q, k))  # type: ignore[return-value]
+
+
+def one_reference(x: Tensor, cos: Tensor, sin: Tensor, rotated: int = 0, interleaved: bool = False) -> Tensor:
+    return _turn(x, cos, sin, rotated, interleaved, False)
 
 
 def packed_reference(
@@ -150,6 +155,38 @@ def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotated: int = 0, interlea
     return _empty(q), _empty(k)
 
 
+# ---- one
+
+
+def _one(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, interleaved: bool, adjoint: bool) -> Tensor:
+    _check(x, x, cos, sin, rotated)
+    if not (backend.fused(x) and applies(x, x, cos, sin, rotated)):
+        return _inside(_turn(x, cos, sin, rotated, interleaved, adjoint))
+    out = _empty(x)
+    _run((x, x[:, :0]), (out, out[:, :0]), cos, sin, rotated, interleaved, adjoint)
+    return out
+
+
+@torch.library.custom_op("autoshard::rotary_one", mutates_args=())
+def rotary_one(x: Tensor, cos: Tensor, sin: Tensor, rotated: int = 0, interleaved: bool = False) -> Tensor:
+    return _one(x, cos, sin, rotated, interleaved, False)
+
+
+@torch.library.custom_op("autoshard::rotary_one_backward", mutates_args=())
+def rotary_one_backward(x: Tensor, cos: Tensor, sin: Tensor, rotated: int = 0, interleaved: bool = False) -> Tensor:
+    return _one(x, cos, sin, rotated, interleaved, True)
+
+
+@rotary_one_backward.register_fake
+@rotary_one.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, rotated: int = 0, interleaved: bool = False) -> Tensor:
+    _check(x, x, cos, sin, rotated)
+    return _empty(x)
+
+
+# ---- packed
+
+
 @torch.library.custom_op("autoshard::rotary_packed", mutates_args=())
 def rotary_packed(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, rotated: int = 0, interleaved: bool = False
@@ -194,8 +231,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rotated: int = 
     return q.new_empty((q.shape[0], q.shape[2], (q.shape[1] + 2 * k.shape[1]) * q.shape[3]))
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cos, sin = inputs[1:3] if len(output) == 3 else inputs[2:4]
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    cos, sin = inputs[2:4] if isinstance(output, tuple) and len(output) == 2 else inputs[1:3]
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rotary: its tables get no gradient, but one requires it; detach them, or use the reference")
     ctx.save_for_backward(cos, sin)
@@ -206,16 +243,25 @@ def _grad(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.autoshard.rotary_backward(dq, dk, *ctx.saved_tensors, *ctx.how), None, None, None, None
 
 
+def _one_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.autoshard.rotary_one_backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
+
+
 def _packed_grad(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.autoshard.rotary_packed_backward(dq, dk, dv, *ctx.saved_tensors, *ctx.how), None, None, None, None, None, None
 
 
 rotary.register_autograd(_grad, setup_context=_context)
+rotary_one.register_autograd(_one_grad, setup_context=_context)
 rotary_packed.register_autograd(_packed_grad, setup_context=_context)
 
 
 def applies(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, capability: backend.Capability = None) -> bool:
     return all(t.dtype in backend.FLOATING for t in (q, k, cos, sin)) and q.dtype == k.dtype and 0 < q.shape[-1] <= 1024 and q.numel() > 0
+
+
+def one_applies(x: Tensor, cos: Tensor, sin: Tensor, *_: Any, capability: backend.Capability = None) -> bool:
+    return applies(x, x, cos, sin)
 
 
 def packed_applies(
@@ -229,6 +275,10 @@ def cost(*shapes: backend.Shape, itemsize: int = 2) -> tuple[float, float]:
     """Forward and backward each read and write q and k; the tables stay in caches."""
     elements = math.prod(shapes[0]) + math.prod(shapes[1])
     return 6.0 * elements, 4.0 * elements * itemsize
+
+
+def one_cost(*shapes: backend.Shape, itemsize: int = 2) -> tuple[float, float]:
+    return packed_cost(shapes[0], itemsize=itemsize)
 
 
 def packed_cost(*shapes: backend.Shape, itemsize: int = 2) -> tuple[float, float]:

@@ -39,6 +39,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "layer_norm_backward", lambda: Op.layer_norm_backward(x, None, x, w, 1e-6, 1.0, [True, True])
     q, k, table = t(2, 8, 32, 128).transpose(1, 2), t(2, 8, 8, 128).transpose(1, 2), t(1, 8, 128)
     yield "rotary", lambda: Op.rotary(q, k, table, table)
+    yield "rotary_one", lambda: Op.rotary_one(q, table, table)
     yield "rotary interleaved, part", lambda: Op.rotary(q, k, table[..., :32], table[..., :32], 64, True)
     yield "rotary_packed", lambda: Op.rotary_packed(t(2, 8, 48 * 128), table, table, 32, 8)
     yield "rotary_packed_backward", lambda: Op.rotary_packed_backward(q, k, k, table, table)

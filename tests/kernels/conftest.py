@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy
 import pytest
 import torch
 
@@ -29,8 +30,6 @@ def lacking() -> str:
     try:
         triton.jit(loop)[(1,)](torch.zeros(1), 2)
     except Exception as error:
-        import numpy
-
         return f"the interpreter of triton {triton.__version__} can't loop with numpy {numpy.__version__}; take a later one: {error!r}"
     return ""
 
@@ -58,7 +57,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
             return run(self, *args, **kwargs)
 
         monkeypatch.setattr(GridExecutor, "__call__", counted)
-    yield found
+    with numpy.errstate(all="ignore"):  # lanes that are masked compute what nobody reads
+        yield found
     if "silent" not in request.keywords:
         assert (found.launches > 0) == (found.name == "triton"), f"{found.launches} launches"
 

@@ -35,6 +35,8 @@ def test_a_gain_chooses_and_a_loss_does_not():
     assert not kernel("k", "o").chosen
     assert kernel("k", "o", gain(1.2)).chosen
     assert not kernel("k", "o", gain(1.2), gain(0.9)).chosen
+    assert str(Table([kernel("k", "o", gain(1.2), gain(1.1))])).split() == ["k", "…", "->", "…", "1.10", "×"]
+    assert len(str(KERNELS).splitlines()) == len(KERNELS)
 
 
 def packet(entry: Kernel) -> torch._ops.OpOverload:

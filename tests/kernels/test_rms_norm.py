@@ -41,6 +41,12 @@ def test_orders_of_casting_are_those_of_models():
     assert torch.equal(OP(x, w.bfloat16(), EPS), torch.nn.functional.rms_norm(x, (65,), w.bfloat16(), EPS))
 
 
+def test_a_wide_weight_makes_a_wide_result(way):
+    x, w = draw(4, 65, dtype=torch.bfloat16), draw(65, dtype=torch.float32, seed=1)
+    assert OP(x, w, EPS, 0.0, True).dtype == torch.float32 and OP(x, w, EPS, 0.0, False).dtype == torch.bfloat16
+    check(OP, rms_norm.reference, (x, w, EPS, 0.0, True), tolerance=1.6e-2)  # x · r is rounded to bf16 on the way
+
+
 def test_memory_orders(way):
     for x in layouts(draw(5, 12, 37)).values():
         check(OP, rms_norm.reference, (x, draw(74, seed=1)[::2], EPS))

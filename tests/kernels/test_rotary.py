@@ -9,7 +9,7 @@ from autoshard.kernels import rotary
 
 from .against import check, check_traced, draw, layouts, relative
 
-OP, PACKED = torch.ops.autoshard.rotary, torch.ops.autoshard.rotary_packed
+OP, ONE, PACKED = torch.ops.autoshard.rotary, torch.ops.autoshard.rotary_one, torch.ops.autoshard.rotary_packed
 
 
 def tables(b: int, s: int, w: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +25,13 @@ def test_it_is_its_reference(way, heads, kv, size, rotated, interleaved, dtype):
     r = rotated or size
     for batch, width in ((1, r), (2, r // 2)):
         check(OP, rotary.reference, (q, k, *tables(batch, 3, width, dtype), rotated, interleaved), wanted=[0, 1])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_one(way, interleaved):
+    x = draw(2, 3, 5, 8)
+    for rotated in (0, 4):
+        check(ONE, rotary.one_reference, (x, *tables(1, 5, rotated or 8), rotated, interleaved), wanted=[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -48,6 +55,7 @@ def test_memory_orders(way):
     for c in layouts(cos).values():
         q = draw(2, 3, 4, 6)
         check(OP, rotary.reference, (q, q * 2, c, sin, 0, False), wanted=[0, 1])
+        check(ONE, rotary.one_reference, (q.transpose(0, 1)[:1].expand(2, 2, 4, 6), c, sin, 0, False), wanted=[0])
     qkv = layouts(draw(2, 4, 30))["apart"]
     check(PACKED, rotary.packed_reference, (qkv, cos, sin, 3, 1, 0, False), wanted=[0])
 
@@ -76,5 +84,6 @@ def test_mistakes_are_named():
 def test_tracing_sees_two_nodes():
     q, k = draw(2, 5, 4, 8).transpose(1, 2), draw(2, 5, 2, 8).transpose(1, 2)
     check_traced(OP, (q, k, *tables(1, 5, 8)), ["autoshard.rotary.default", "autoshard.rotary_backward.default"], [0, 1])
+    check_traced(ONE, (q, *tables(1, 5, 8)), ["autoshard.rotary_one.default", "autoshard.rotary_one_backward.default"], [0])
     names = ["autoshard.rotary_packed.default", "autoshard.rotary_packed_backward.default"]
     check_traced(PACKED, (draw(2, 5, 64), *tables(1, 5, 4), 4, 2), names, [0])
