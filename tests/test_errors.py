@@ -110,7 +110,7 @@ MISTAKES = [
     Mistake("an unknown cluster", lambda f: autoshard.Cluster.load("h100y4"), ClusterFileError, "h100y4"),
     Mistake("a plan that doesn't fit", lambda f: search(graph(), None, {"dp": 1}, memory=1000), NoPlanError, "memory|fits|needs"),
     Mistake("a pin of nothing", lambda f: search(graph(), None, {"dp": 1}, pins={"scedule": "gpipe"}), PinError, "did you mean schedule"),
-    Mistake("pins of nothing", lambda f: search(graph(), None, {"dp": 1}, pins=NOTHING), PinError, "(?s)2 pins .* mean one.weight.* mean linear"),
+    Mistake("pins of nothing", lambda f: search(graph(), None, {"dp": 1}, pins=NOTHING), PinError, "(?s)2 pins .* one.weight.* linear"),
     Mistake("a cluster without its x", lambda f: autoshard.Cluster.load("cpu4"), ClusterFileError, "did you mean cpux4"),
     Mistake("a stale plan", stale, StalePlanError, "another graph|was made for"),
     Mistake("a broken plan file", broken_plan, PlanFileError, r"(?s)plan\.yaml:\d+:1: unknown key.*plan\.yaml:\d+:15", hint=False),

@@ -19,11 +19,13 @@ KEEP = ("aten.reshape.default", "aten.permute.default", "aten.expand.default", "
 
 def experts(captured: Captured) -> Captured:
     """Recognise products with gathered matrices."""
-    return rewrite(captured, {"aten.bmm.default": bmm})
+    return rewrite(captured, {"aten.bmm.default": bmm, "aten.matmul.default": bmm})
 
 
 def bmm(b: Builder, x: Ref, y: Ref) -> Any:
-    rows = b.shape(x)[0]
+    rows = b.shape(x)[0] if b.ndim(x) else 1
+    if b.ndim(x) != 3 or b.ndim(y) != 3 or b.shape(y)[0] != rows:
+        return NotImplemented
     if b.shape(y)[2] == 1 and (chosen := _chosen(b, x)) is not None:  # [t n k] [t k 1]
         w, index = chosen
         return b.reshape(_op(b, b.reshape(y, (rows, b.shape(y)[1])), w, index), (rows, b.shape(x)[1], 1))
