@@ -46,7 +46,11 @@ def place(steps: list[Step], tensors: Mapping[str, Tensor], outputs: Collection[
             if match is None:
                 continue
             inside = {at[id(view.maker[n])] for n in match.inside} - ({at[id(match.unsplit[0])]} if match.unsplit else set())
-            free = all(r in inside or r == i for n in match.inside for r in readers.get(n, ())) and not set(match.inside) & set(outputs)
+            before = {at[id(view.maker[n])] for n in match.before}
+            own = inside | before | {i}
+            free = all(r in own for n in match.inside for r in readers.get(n, ())) and not set(match.inside) & set(outputs)
+            free = free and all(r > i for n in match.before for r in readers.get(n, ()))
+            inside |= before
             if not free or inside & (gone | set(new)) or not _applies(name, match, tensors, view):
                 continue
             gone |= inside
@@ -67,7 +71,8 @@ def _applies(name: str, match: Match, tensors: Mapping[str, Tensor], view: Steps
             parts = [tensors[n] for n in match.unsplit[0].outs]
             return torch.empty(*parts[0].shape[:-1], sum(p.shape[-1] for p in parts), dtype=getattr(torch, parts[0].dtype))
         spec = tensors[ref.name]
-        return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+        made = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+        return made.squeeze(1) if ref.name in match.flat else made
 
     with FakeTensorMode():
         return bool(_registry()[name].applies(*map_refs(match.args, fake)))
@@ -82,11 +87,11 @@ def _step(name: str, match: Match, last: Step) -> Step:
         operator = getattr(operator, part)
 
     def fn(*tensors: torch.Tensor) -> Any:
-        feed = iter(tensors)
+        feed = iter([t.squeeze(1) if name in match.flat else t for name, t in zip(ins, tensors, strict=True)])
         return operator(*map_refs(match.args, lambda _: next(feed)))
 
     text = f"kernel {name} {map_refs(match.args, lambda _: Ref('_'))!r}"
-    return Step(fn, tuple(ins), last.outs, text, last.source, kernel=name)
+    return Step(fn, tuple(ins), (*match.before, *last.outs), text, last.source, kernel=name)
 
 
 def _unsplit(merged: Step, packed: str) -> Step:

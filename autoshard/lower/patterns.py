@@ -21,11 +21,14 @@ CAST, MEAN, RSQRT = "aten._to_copy.default", "aten.mean.dim", "aten.rsqrt.defaul
 @dataclass(frozen=True)
 class Match:
     """`args`: the kernel's, tensors as Refs to the routine's names. `inside`: names that nobody else may read. `unsplit`: a step of merged
-    linears whose results are taken as one, under this name."""
+    linears whose results are taken as one, under this name. `before`: what the kernel hands out first, before what the step at hand makes;
+    nobody may read it earlier. `flat`: names of which the kernel takes dim 1, which is one, away."""
 
     args: tuple[Any, ...]
     inside: tuple[str, ...] = ()
     unsplit: tuple[Step, str] | None = None
+    before: tuple[str, ...] = ()
+    flat: tuple[str, ...] = ()
 
 
 @dataclass
@@ -160,11 +163,58 @@ def _gated(steps: Steps, step: Step) -> tuple[str, str, str, str] | None:
     return None
 
 
+def rotary(steps: Steps, step: Step) -> Match | None:
+    """q and k turned by the same tables: x · cos + (-x₂, x₁) · sin, x₁ and x₂ the halves of a head."""
+    found = _turned(steps, step)
+    if found is None:
+        return None
+    for other in steps.steps:
+        if other is step:
+            return None  # of the two, the kernel takes the place of the later
+        first = _turned(steps, other)
+        if first is None or first[1:3] != found[1:3]:
+            continue
+        (q, cos, sin, within), (k, *_, inside) = first, found
+        a, b, table = (steps.tensors[name] for name in (q, k, cos))
+        alike = a.dtype == b.dtype and (a.shape[0], *a.shape[2:]) == (b.shape[0], *b.shape[2:])
+        if alike and table.shape[0] in (1, a.shape[0]) and table.shape[1:] == (1, *a.shape[2:]) and steps.tensors[sin].shape == table.shape:
+            return Match((Ref(q), Ref(k), Ref(cos), Ref(sin)), (*within, *inside), before=other.outs, flat=(cos, sin))
+    return None
+
+
+def _turned(steps: Steps, step: Step) -> tuple[str, str, str, tuple[str, ...]] | None:
+    """(x, cos, sin, names inside)."""
+    for straight, across in steps.pair(step.outs[0], ADD):
+        for x, cos in steps.pair(straight, MUL):
+            for turned, sin in steps.pair(across, MUL):
+                op = steps.op(turned, "aten.cat.default")
+                shape = steps.tensors[x].shape
+                if op is None or len(op.args[0]) != 2 or len(shape) != 4 or tuple(op.args[1:]) != (3,) or shape[3] % 2:
+                    continue
+                minus, one = map(_name, op.args[0])
+                negated = steps.op(minus, "aten.neg.default")
+                if negated is None or steps.tensors[minus].shape[3] != shape[3] // 2:
+                    continue
+                two = _name(negated.args[0])
+                if _starts_at(steps, one, x) == 0 and _starts_at(steps, two, x) == shape[3] // 2:
+                    return x, cos, sin, (straight, across, turned, minus, one, two)
+    return None
+
+
+def _starts_at(steps: Steps, name: str, x: str) -> int | None:
+    """Where a slice of x's last dim begins, with every element up to where it ends."""
+    op = steps.op(name, "aten.slice.Tensor")
+    if op is None or op.args[0] != Ref(x) or op.args[1] != 3 or tuple(op.args[4:]) not in ((), (1,)):
+        return None
+    return int(op.args[2])
+
+
 ACTIVATIONS = {"aten.silu.default": "silu", "aten.relu.default": "relu", "aten.sigmoid.default": "sigmoid"}
 
 PATTERNS: dict[str, Callable[[Steps, Step], Match | None]] = {
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
+    "rotary": rotary,
     "gated_mlp_packed": gated_mlp_packed,
     "gated_mlp": gated_mlp,
 }

@@ -137,12 +137,14 @@ def decide(
 ) -> tuple[list[Group], list[str]]:
     """The groups to merge, and notes on those that can't be. `pin`: all (True), none (False), or lists of weights' paths, of which those
     that may are merged; without it what saves time."""
+    if pin is False:
+        return [], []
     found = mergeable(graph, blocks, placed.ops, placed.storage, sizes)
     if pin is None:
         gains = savings(found.groups, graph, placed, prices, sizes)
         return [group for group, gain in zip(found.groups, gains, strict=True) if gain > 0], found.notes
-    if isinstance(pin, bool):
-        return list(found.groups) if pin else [], found.notes
+    if pin is True:
+        return found.groups, found.notes
     return _named(found, graph, pin), found.notes
 
 

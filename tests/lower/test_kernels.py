@@ -124,6 +124,45 @@ class Read(nn.Module):
         return (self.norm.weight * (x * root) + root + active * self.up(x) + active).square().mean()
 
 
+class Turned(nn.Module):
+    """Attention with rotary embedding, q and k of different heads; the tables computed, and of each row if `rows`."""
+
+    def __init__(self, rows: bool, early: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 32, bias=False), nn.Linear(16, 16)
+        self.rows, self.early = rows, early
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in self.qkv(torch.tanh(self.out(x))).split((16, 8, 8), -1))
+        angle = (at if self.rows else at[:1])[..., None] * torch.tensor([1.0, 0.3], dtype=x.dtype)
+        cos, sin = (f(torch.cat((angle, angle), -1)).unsqueeze(1) for f in (torch.cos, torch.sin))
+        q = q * cos + torch.cat((-q[..., 2:], q[..., :2]), -1) * sin
+        k = k + q.mean() if self.early else k
+        k = k * cos + torch.cat((-k[..., 2:], k[..., :2]), -1) * sin
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).square().mean()
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("mesh", [{"dp": 2}, {"tp": 2}], ids=str)
+def test_rotary_takes_q_and_k_together(mesh: dict[str, int], rows: bool) -> None:
+    torch.manual_seed(0)
+    model = Turned(rows).double()
+    kwargs = {"x": torch.randn(4, 6, 16, dtype=torch.float64), "at": torch.arange(24, dtype=torch.float64).view(4, 6) % 7}
+    captured = capture(model, kwargs=kwargs)
+    made = compile(captured, search(captured.graph, mesh=mesh, microbatches=1, pins={"kernels": ["rotary"]}))
+    assert placed(made)["rotary"] == 1
+    expected = follow(Plain(copy.deepcopy(model), None), kwargs, FLOAT64)
+    worst = compare(expected, follow(InProcess(made, copy.deepcopy(model)), kwargs, FLOAT64), FLOAT64)[0]
+    assert worst.ratio <= 1, worst
+
+
+def test_rotary_waits_for_nobody() -> None:
+    """k needs the turned q here, so that they can't be turned at once."""
+    model = Turned(False, early=True).double()
+    captured = capture(model, kwargs={"x": torch.randn(4, 6, 16, dtype=torch.float64), "at": torch.zeros(4, 6, dtype=torch.float64)})
+    assert not placed(compile(captured, search(captured.graph, mesh={"dp": 1}, pins={"kernels": ["rotary"]})))
+
+
 def test_what_others_read_stays_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
     captured = capture(Read().double(), kwargs={"x": torch.randn(4, 8, dtype=torch.float64)})
     plan = search(captured.graph, mesh={"dp": 1}, pins={"kernels": list(PATTERNS)})
