@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +164,10 @@ def peak_of_rank(layers: int) -> tuple[int, int, int]:
         while not stop.wait(0.002):
             most = max(most, resident())
 
+    gc.collect()
+    # what tests before left free would be used first and not count, and what is freed would be kept
+    ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: larger blocks come from the system and go back at once
     before, watcher = resident(), threading.Thread(target=watch)
     watcher.start()
     sharded = parallelize(model, "tp=2", args=(ids,), device="cpu")
@@ -174,4 +180,4 @@ def peak_of_rank(layers: int) -> tuple[int, int, int]:
 @pytest.mark.slow
 def test_memory_of_a_rank():
     for peak, shards, largest in ranks(2, peak_of_rank, 12):
-        assert shards <= peak <= shards + largest + 12e6, (peak, shards, largest)
+        assert shards <= peak <= shards + largest + 4e6, (peak, shards, largest)
