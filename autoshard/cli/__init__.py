@@ -6,6 +6,8 @@ In: a command line. Out: an exit code (0 ok, 1 a bug of ours with its traceback,
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -80,4 +82,12 @@ def _broken_pipe() -> int:
 
 
 def main() -> None:
-    sys.exit(run())
+    code = run()
+    if code and "RANK" in os.environ:
+        # a rank that fails leaves its communicators as they are, and tearing them down with the interpreter may abort the process
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
