@@ -105,6 +105,12 @@ class Prices:
         """Seconds of a microbatch that linears of one input save as one matmul: tiles and waves that fill better, launches, and the sums of
         the input's gradients that each would make. `copied`: the part of the result whose gradient is a copy; `gathered`: the merged weight
         is one too, once a step."""
+        key = ("merging", x, tuple(weights), copied, gathered)
+        if key not in self.memo:
+            self.memo[key] = self._merging(x, weights, copied, gathered, sizes)
+        return self.memo[key]
+
+    def _merging(self, x: Placed, weights: Sequence[Placed], copied: float, gathered: bool, sizes: tuple[int, ...]) -> float:
         (tensor, layout, wanted), (weight, _, trained) = x, weights[0]
         size, bandwidth = ITEMSIZE[tensor.dtype], self.device.memory_bandwidth
         k = local_shape(tensor.shape, layout, sizes, (0,) * len(sizes))[-1]
