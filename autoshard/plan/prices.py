@@ -65,6 +65,7 @@ class Prices:
         self.device = cluster.device
         self.movers: dict[tuple[Tensor, tuple[int, ...], bool], _Mover] = {}
         self.wires: dict[tuple[str, float, int], float] = {}
+        self.merged: dict[object, float] = {}
         self.unary: dict[int, tuple[Sequence[Pair], dict[object, np.ndarray]]] = {}
 
     def op(self, op: Op, rule: Rule, graph: Graph, choices: Sequence[Pair], sizes: tuple[int, ...]) -> np.ndarray:
@@ -106,6 +107,12 @@ class Prices:
         """Seconds of a microbatch that linears of one input save as one matmul: tiles and waves that fill better, launches, and the sums of
         the input's gradients that each would make. `copied`: the part of the result whose gradient is a copy; `gathered`: the merged weight
         is one too, once a step."""
+        key = (x, tuple(weights), copied, gathered, sizes)
+        if key not in self.merged:
+            self.merged[key] = self._merging(x, weights, copied, gathered, sizes)
+        return self.merged[key]
+
+    def _merging(self, x: Placed, weights: Sequence[Placed], copied: float, gathered: bool, sizes: tuple[int, ...]) -> float:
         (tensor, layout, wanted), (weight, _, trained) = x, weights[0]
         size, bandwidth = ITEMSIZE[tensor.dtype], self.device.memory_bandwidth
         k = local_shape(tensor.shape, layout, sizes, (0,) * len(sizes))[-1]
