@@ -7,9 +7,8 @@ backward, so `differentiate` need not know of it; where its backend is missing i
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +18,9 @@ from ..trace.graph import Ref, Tensor, map_refs
 from .fuse import linear
 from .patterns import PATTERNS, Match, Steps
 from .routine import Step
+
+if TYPE_CHECKING:
+    from ..kernels.registry import Table
 
 
 def check(names: Sequence[str]) -> None:
@@ -60,9 +62,11 @@ def place(steps: list[Step], tensors: Mapping[str, Tensor], outputs: Collection[
     return [new.get(i, step) for i, step in enumerate(steps) if i not in gone]
 
 
-def _registry() -> Any:
+def _registry() -> Table:
     """The table; importing it registers operators, which a program without kernels doesn't need."""
-    return importlib.import_module("autoshard.kernels.registry").KERNELS
+    from ..kernels.registry import KERNELS
+
+    return KERNELS
 
 
 def _applies(name: str, match: Match, tensors: Mapping[str, Tensor], view: Steps) -> bool:

@@ -42,6 +42,9 @@ def deferred(build: Callable[..., M], *args: Any, **kwargs: Any) -> M:
     torch's default generator is left somewhere else, the same on every rank; filling the model leaves it where construction on one
     device would have, unless it has been seeded or used in between. (A generator of one's own stays where it is left.)
     """
+    if isinstance(build, nn.Module):
+        name = type(build).__name__
+        raise DeferredError(f"deferred takes what builds a model, but was given a {name} that is built", hint=f"deferred({name}, …)")
     recorder = Recorder()
     with recorder, OnCpu(recorder):
         model = build(*args, **kwargs)

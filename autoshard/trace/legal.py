@@ -1,7 +1,8 @@
 """What may be captured, and what a captured graph looks like.
 
 `check_model` refuses, by name, what export would drop in silence. `verify` asserts the normal form: it runs after every pass, and what it
-finds is a bug of that pass. `check_graph` refuses what the user has to change (random ops that capture can't replay).
+finds is a bug of that pass. `check_graph` refuses what the user has to change (random ops that capture can't replay, operands that
+don't fit).
 """
 
 from __future__ import annotations
@@ -65,9 +66,21 @@ def check_autocast() -> None:
             )
 
 
+PRODUCTS = ("linear", "mm", "bmm", "matmul")
+
+
 def check_graph(captured: Captured) -> None:
-    """Refuse random ops whose results matter (dropout has become dropout_mask by now)."""
+    """Refuse random ops whose results matter (dropout has become dropout_mask by now), and products of unlike dtypes, which fakes
+    let pass."""
+    values = captured.graph.values
     for op in captured.graph.ops:
+        dtypes = [values[name].tensor.dtype for name in op.inputs]
+        if op.target.split(".")[1] in PRODUCTS and len(set(dtypes)) > 1:
+            raise CaptureError(
+                f"{op.target.split('.')[1]} multiplies {' by '.join(dtypes)}",
+                where=op.source,
+                hint="the model refuses that by itself too: give the batch the model's dtype, or cast in forward",
+            )
         if is_random(op.target):
             raise CaptureError(
                 f"the random op {op.target} can't be captured", where=op.source, hint="use dropout, or pass the random tensor as an input"

@@ -336,5 +336,7 @@ def test_what_happens_outside_of_the_constructor_is_refused():
     with pytest.raises(DeferredError, match="a meta tensor from outside"):
         deferred(lambda: [theirs + torch.ones(3), nn.Linear(3, 3)][1])
     assert mine.sum() == 0
+    with pytest.raises(DeferredError, match="given a Linear that is built"):
+        deferred(nn.Linear(2, 2))
     with pytest.raises(DeferredError, match=r"an nn\.Module is expected"):
         deferred(torch.zeros, 3)

@@ -94,6 +94,10 @@ def by_frequency(self: Any, x: Tensor) -> Tensor:
     return F.embedding(x.long(), self.a.weight, scale_grad_by_freq=True).sum()
 
 
+def other_dtype(self: Any, x: Tensor) -> Tensor:
+    return self.a(x.double()).sum()  # here
+
+
 def users_own(self: Any, x: Tensor) -> Tensor:
     raise TypeError("no such thing")  # here
 
@@ -147,6 +151,7 @@ class Noise(nn.Module):
         (takes_list, "takes tensors inside of a list"),
         (writes_input, "writes into its inputs"),
         (users_own, "no such thing"),
+        (other_dtype, "linear multiplies float64 by float32"),
     ],
 )
 def test_refused_by_name(forward: Callable[[Any, Tensor], Any], says: str) -> None:
