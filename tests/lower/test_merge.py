@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoshard.errors import NoPlanError, PlanFileError, StateError
+from autoshard.errors import PinError, PlanFileError, StateError
 from autoshard.lower import compile
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.merge import weights
@@ -135,7 +135,7 @@ def test_pins_notes_and_edited_plans() -> None:
     assert Plan.from_yaml(plan.to_yaml()) == plan and plan.merge
     assert any("a weight has other uses: again.weight" in note for note in plan.notes), plan.notes
     assert not planned({"tp": 2}, merge=False).merge
-    with pytest.raises(NoPlanError, match=r"parameter 'nothing\.weight'"):
+    with pytest.raises(PinError, match=r"parameter 'nothing\.weight'"):
         planned({"tp": 2}, merge=[["q.weight", "nothing.weight"]])
     names = {captured.graph.values[op.inputs[1]].path: op.name for op in captured.graph.ops if "linear" in op.target}
     for odd in (
