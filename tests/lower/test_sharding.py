@@ -41,8 +41,9 @@ def stored_elements(program: Program, rank: int) -> int:
     return total
 
 
-TRIALS = [(family, {"tp": 2}) for family in DENSE] + [(family, {"dp": 2, "tp": 2}) for family in ("gpt2", "llama", "bert", "gemma2", "t5")]
-TRIALS += [pytest.param(family, {"tp": 2}, marks=pytest.mark.slow, id=family) for family in SLOW]
+QUICK = [(family, {"tp": 2}) for family in DENSE] + [(family, {"dp": 2, "tp": 2}) for family in ("gpt2", "llama", "bert", "gemma2", "t5")]
+EVERY = [(family, mesh) for family in (*DENSE, *SLOW) for mesh in ({"tp": 2}, {"tp": 4}, {"dp": 2, "tp": 2})]
+TRIALS = [*QUICK, *(pytest.param(*trial, marks=pytest.mark.slow) for trial in EVERY if trial not in QUICK)]
 
 
 @pytest.mark.parametrize(("family", "mesh"), TRIALS, ids=str)
