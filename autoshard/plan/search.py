@@ -122,7 +122,7 @@ def _trials(candidates: Candidates, meshes: Sequence[Mesh], microbatches: int | 
 
 
 class _Race:
-    """Candidates in the order of their lower bounds, until none can win.
+    """Candidates in the order of what they are likely to take, until lower bounds say that none can win.
 
     Of each mesh the finest count is settled first: if that doesn't fit however it is placed, no other does (a microbatch holds less, and
     no more of them are in flight than there are stages). Then the coarsest is solved, which bounds the time of all others; of a mesh that
