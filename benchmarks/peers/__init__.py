@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,12 +123,12 @@ def names() -> list[str]:
 def parse(text: str) -> list[Spec]:
     """Names with options, separated by commas. Raises ValueError."""
     found = []
-    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\])?", text):
+    for part in _split(text):
         name, _, inside = part.strip().partition("[")
         if name not in names():
             raise ValueError(f"no implementation {name!r}; expected some of {', '.join(names())}")
         options: dict[str, Any] = {}
-        for pair in filter(None, inside.rstrip("]").split(",")):
+        for pair in filter(None, _split(inside.removesuffix("]"))):
             key, equals, value = pair.partition("=")
             if not equals:
                 raise ValueError(f"the option {pair!r} of {name} has no value; expected key=value")
@@ -141,6 +140,22 @@ def parse(text: str) -> list[Spec]:
         found.append(Spec(name, part.strip(), options))
     # whoever initialises torch.distributed for one process comes last: ours would talk through it
     return sorted(found, key=lambda spec: spec.name.startswith("megatron"))
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside of brackets.
+
+    >>> _split('ours[pins.kernels=["rotary", "rms_norm"]],megatron')
+    ['ours[pins.kernels=["rotary", "rms_norm"]]', 'megatron']
+    """
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part.strip()]
 
 
 def _value(text: str) -> Any:
