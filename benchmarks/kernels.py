@@ -29,6 +29,7 @@ from torch import Tensor
 from autoshard.kernels.registry import KERNELS, Kernel
 
 from . import harness
+from .peers.engine import transformer_engine
 
 Op = torch.ops.autoshard
 Run = Callable[..., Any]
@@ -165,7 +166,8 @@ def adamw(make: Maker) -> Iterator[Case]:
 
 def experts(make: Maker) -> Iterator[Case]:
     a = make.a
-    x, logits = make(a.tokens, a.hidden), make(a.tokens, a.experts)
+    x = make(a.tokens, a.hidden)
+    logits = make(a.tokens, a.experts).argsort(-1).to(make.dtype) / 2  # no two alike: which of them is chosen would be chance
     route = KERNELS["moe_route"]
     yield Case(route, [logits, None, a.top_k, "softmax", True], [0], Op.moe_route, route.reference)
     weights, chosen = Op.moe_route(logits, None, a.top_k, "softmax", True)
@@ -198,17 +200,17 @@ CASES: dict[str, Callable[[Maker], Iterator[Case]]] = {
 
 
 def liger(module: str, name: str, arguments: Run) -> dict[str, Run]:
+    transformer_engine()  # Liger's packages import it where it is, and fail where it doesn't load
     try:
         function = getattr(__import__(f"liger_kernel.ops.{module}", fromlist=[name]), name)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, OSError):
         return {}
     return {"liger": lambda *inputs: function.apply(*arguments(*inputs))}
 
 
 def engine(name: str, hidden: int) -> dict[str, Run]:
-    try:
-        import transformer_engine.pytorch as te
-    except (ImportError, OSError):
+    te = transformer_engine()
+    if te is None:
         return {}
     layer = getattr(te, name)(hidden, eps=1e-6, params_dtype=torch.bfloat16)
     return {"transformer_engine": lambda x, *_: layer(x)}

@@ -14,21 +14,11 @@ and the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import adamw, cross_entropy, gated_mlp, grouped_matmul, layer_norm, moe, quantise, rms_norm, rotary
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One gain: time of `against` over ours, on a shape, somewhere. `benchmarks/kernels.py` writes them."""
-
-    gain: float
-    against: str
-    shape: str
-    device: str
-    versions: str
+from .measured import MEASURED, Measurement
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class Kernel:
     - `rule`: factors in einsum notation, all operands present (`rule_for` leaves out those that a call leaves out); `h!` isn't cut
     - `applies(*the op's arguments, capability=(9, 0) or None)`: whether the kernel can run, by dtypes and shapes alone: fakes will do
     - `cost(*the operands' shapes, itemsize=2)`: FLOPs and bytes moved, forward and backward together
-    - `measured`: gains; a kernel without one isn't chosen by default
+    - `measured`: gains (a table adds those of `measured.py`); a kernel without one isn't chosen by default
     """
 
     name: str
@@ -74,7 +64,7 @@ class Table(tuple[Kernel, ...]):
                 if key in names:
                     raise ValueError(f"two kernels are called {key}: give each its own name and its own operator")
                 names.add(key)
-        return super().__new__(cls, kernels)
+        return super().__new__(cls, (replace(k, measured=(*k.measured, *MEASURED.get(k.name, ()))) for k in kernels))
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):

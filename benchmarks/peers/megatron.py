@@ -18,6 +18,7 @@ from ..models import build
 from ..ranks import free_port
 from ..works import Batch
 from . import Absent, Made, Task, adamw
+from .engine import transformer_engine
 from .weights import load, take
 
 COEFFICIENT = 1e-3
@@ -83,6 +84,7 @@ def _check(task: Task, recipe: str | None) -> None:
 
 
 def _initialise(task: Task) -> None:
+    transformer_engine()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

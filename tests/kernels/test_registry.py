@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from autoshard.kernels import registry
-from autoshard.kernels.registry import KERNELS, Kernel, Measurement, Table
+from autoshard.kernels.measured import MEASURED, Measurement
+from autoshard.kernels.registry import KERNELS, Kernel, Table
 
 
 def kernel(name: str, op: str, *measured: Measurement) -> Kernel:
@@ -64,3 +65,8 @@ def test_triton_is_imported_by_a_launch_alone():
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or "", *(name.name for name in node.names)]
                 assert not any(name.split(".")[0] in ("device", "triton") for name in names), path.name
+
+
+def test_what_was_measured_is_in_the_table():
+    assert set(MEASURED) <= {k.name for k in KERNELS}
+    assert KERNELS["adamw"].measured == MEASURED["adamw"]
