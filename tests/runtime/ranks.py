@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 
 
 def ranks(count: int, function: Callable[..., Any], *args: Any, start: str = "fork") -> list[Any]:
-    """`function(*args)` on ranks 0 to count - 1, forked from here so that nothing is imported again; with "spawn", processes that hold nothing
-    of this one's. Raises what a rank raised."""
+    """`function(*args)` on ranks 0 to count - 1, forked from here so that nothing is imported again; with "spawn", processes that hold
+    nothing of this one's. Raises what a rank raised."""
     context: Any = mp.get_context(start)
     answers: Any = context.SimpleQueue()
     port = _free_port()
