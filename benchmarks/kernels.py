@@ -164,6 +164,14 @@ def adamw(make: Maker) -> Iterator[Case]:
     yield Case(KERNELS["adamw"], inputs, [], Op.adamw, KERNELS["adamw"].reference, {"torch": theirs}, outs=0, against="torch")
 
 
+def accumulate(make: Maker) -> Iterator[Case]:
+    a, entry = make.a, KERNELS["matmul_into"]
+    into = torch.zeros(a.ffn, a.hidden, device=make.device)
+    dy, x = make(a.tokens, a.ffn, scale=a.tokens**-0.5), make(a.tokens, a.hidden)
+    plain = {"added": lambda into, a, b: into.add_(a @ b)}  # the product in memory, rounded
+    yield Case(entry, [into, dy.t(), x], [], Op.matmul_into, entry.reference, plain, outs=0, against="added", tolerance=1e-2)
+
+
 def experts(make: Maker) -> Iterator[Case]:
     a = make.a
     x = make(a.tokens, a.hidden)
@@ -194,6 +202,7 @@ CASES: dict[str, Callable[[Maker], Iterator[Case]]] = {
     "gated": gated,
     "cross_entropy": cross_entropy,
     "adamw": adamw,
+    "accumulate": accumulate,
     "experts": experts,
     "fp8": fp8,
 }

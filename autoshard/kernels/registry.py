@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import adamw, cross_entropy, gated_mlp, grouped_matmul, layer_norm, moe, quantise, rms_norm, rotary
+from . import accumulate, adamw, cross_entropy, gated_mlp, grouped_matmul, layer_norm, moe, quantise, rms_norm, rotary
 from .measured import MEASURED, Measurement
 
 
@@ -169,6 +169,14 @@ KERNELS = Table(
             rule="r h!, v! h!, r, -> , r h!, v! h!",
             applies=cross_entropy.applies,
             cost=cross_entropy.full_cost,
+        ),
+        Kernel(  # in place: `into` has no result
+            name="matmul_into",
+            op="autoshard.matmul_into.default",
+            reference=accumulate.reference,
+            rule="m n, m k!, k! n -> ",
+            applies=accumulate.applies,
+            cost=accumulate.cost,
         ),
         Kernel(
             name="adamw",

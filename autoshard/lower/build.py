@@ -20,6 +20,7 @@ from ..plan.stages import crossings, needed_data, stage_of
 from ..trace.blocks import Block, find_blocks
 from ..trace.capture import Captured
 from . import kernels
+from .accumulate import accumulating
 from .coalesce import coalesced
 from .differentiate import differentiate
 from .fuse import joined
@@ -118,6 +119,13 @@ class _Builder:
             self.modules[text] = coalesced(differentiate(routine, key=f"m{len(self.modules)}"), bucket)
         return self.modules[text]
 
+    def repeated(self, routine: Routine) -> Module:
+        """The module of what runs once a microbatch."""
+        module = self.module(routine)
+        if self.plan.microbatches > 1 and module.backward is not None and module.accumulate is None:
+            module.accumulate = accumulating(module.backward, len(module.grad_inputs))
+        return module
+
     def stage_blocks(self, stage: int) -> list[Block]:
         cuts = self.plan.cuts
         end = cuts[stage + 1] if stage + 1 < len(cuts) else len(self.blocks)
@@ -164,6 +172,8 @@ class _Rank:
         gathers = [self.part.gather(bucket) for bucket in self._buckets()]
         everything = [r for r in (*gathers, once, data, *routines) if r]
         loss = value_name(graph.loss, b.root_layout[graph.loss]) if graph.loss and b.home[b.producer[graph.loss].name] == self.stage else ""
+        for routine in routines:
+            b.repeated(routine)
         calls = [self._call(r) for r in routines]
         rank_inputs = {n: spec for r in everything for n, spec in r.rank_inputs.items()}
         ports = {p.name: p for r in everything for p in r.inputs}

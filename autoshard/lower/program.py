@@ -101,6 +101,8 @@ class Module:
     backward_input(saved…, gradients of `grad_outputs`…) -> (gradients of `grad_inputs`…, kept for the weights…)
     backward_weight(kept…) -> gradients of `grad_params`…
     backward(saved…, gradients of `grad_outputs`…) -> (gradients of `grad_inputs`…, of `grad_params`…), where there are any of these
+    accumulate(saved…, gradients of `grad_outputs`…, sums of `grad_params`…) -> gradients of `grad_inputs`…: `backward` for several
+        microbatches; the sums change in place
     All indices count `Call.inputs` / `Call.outputs`. The backward graphs are None where nothing in the block has a gradient.
     """
 
@@ -113,6 +115,7 @@ class Module:
     grad_params: tuple[int, ...]
     key: str = ""
     backward: fx.GraphModule | None = None
+    accumulate: fx.GraphModule | None = None
 
 
 @dataclass

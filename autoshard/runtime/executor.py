@@ -308,11 +308,14 @@ class Step:
                 continue
             saved = self.saved.pop((mb, i))
             of_params: Named = []
-            if weights:
+            sums = self.sums(call) if weights else None
+            if sums is not None:
+                of_inputs, _ = yield from self.inputs_backward(call, saved, grads, call.module.accumulate, sums)
+            elif weights:
                 of_inputs, of_params = yield from self.whole_backward(call, saved, grads)
             else:
                 of_inputs, self.saved[mb, i] = yield from self.inputs_backward(call, saved, grads)
-            del saved
+            del saved, sums
             for name, grad in of_inputs:
                 self.add(name, grad, grads)
             for name, grad in of_params:
@@ -321,21 +324,21 @@ class Step:
 
     def whole_backward(self, call: Call, saved: Results, grads: dict[str, Tensor]) -> Generator[Request, Any, tuple[Named, Named]]:
         """(name, gradient) of the inputs that have one, and of the parameters."""
-        whole = call.module.backward is not None
-        results, rest = yield from self.inputs_backward(call, saved, grads, whole)
-        if not whole:
+        results, rest = yield from self.inputs_backward(call, saved, grads, call.module.backward)
+        if call.module.backward is None:
             rest = (yield from self.x.run(call.module.backward_weight, rest)) if call.module.backward_weight is not None else ()
         return results, [(call.inputs[k], grad) for k, grad in zip(call.module.grad_params, rest, strict=True)]
 
     def inputs_backward(
-        self, call: Call, saved: Results, grads: dict[str, Tensor], whole: bool = False
+        self, call: Call, saved: Results, grads: dict[str, Tensor], graph: fx.GraphModule | None = None, sums: Sequence[Tensor] = ()
     ) -> Generator[Request, Any, tuple[Named, Results]]:
-        """(name, gradient) of the inputs that have one, and what `weights` needs; or, of the whole backward, the parameters' gradients."""
+        """(name, gradient) of the inputs that have one, and what `weights` needs. With a whole backward as `graph`, the parameters'
+        gradients instead, or none where it adds them to `sums`."""
         module = call.module
-        graph = module.backward if whole else module.backward_input
+        graph = graph or module.backward_input
         assert graph is not None
         given = [self.gradient(grads, call.outputs[k]) for k in module.grad_outputs]
-        results = yield from self.x.run(graph, [*saved, *given])
+        results = yield from self.x.run(graph, [*saved, *given, *sums])
         n = len(module.grad_inputs)
         return [(call.inputs[k], g) for k, g in zip(module.grad_inputs, results[:n], strict=True)], results[n:]
 
@@ -365,6 +368,19 @@ class Step:
             self.totals[name] = _wide(self.totals[name]) + grad
             self.owned.add(name)
 
+    def sums(self, call: Call) -> list[Tensor] | None:
+        """The tensors of our own in which a call's gradients of parameters gather, where its module adds to them by itself."""
+        names = [call.inputs[k] for k in call.module.grad_params]
+        if call.module.accumulate is None or len(set(names)) < len(names):
+            return None
+        for name in names:
+            if name not in self.owned:
+                so_far, like = self.totals.get(name), self.env[name]
+                fresh = torch.zeros_like(like, dtype=_sum_dtype(like.dtype), memory_format=torch.contiguous_format)
+                self.totals[name] = fresh if so_far is None else fresh.add_(so_far)
+                self.owned.add(name)
+        return [self.totals[name] for name in names]
+
     def gradient(self, grads: dict[str, Tensor], name: str) -> Tensor:
         """What has gathered for a value; zeros if nothing uses it."""
         if name in grads:
@@ -389,7 +405,11 @@ def _sum(into: dict[str, Tensor], name: str, grad: Tensor | None) -> None:
 
 
 def _wide(grad: Tensor) -> Tensor:
-    return grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
+    return grad.to(_sum_dtype(grad.dtype))
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _place(placed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
