@@ -67,7 +67,7 @@ class FusedAdam:
     def step(self, launches: Sequence[many.Launch], skip: Tensor) -> None:
         """`skip`: 1 leaves all as it is, 0 doesn't."""
         if self.counts:
-            torch._foreach_add_(self.counts, 1.0 - skip)
+            torch._foreach_add_(self.counts, [1.0 - skip] * len(self.counts))  # a list: a number alone would be read
         for launch in launches:
             group = self.inner.param_groups[launch.kind]  # type: ignore[call-overload]
             many.adam_(launch, _rates(group, type(self.inner) is optim.AdamW), skip)

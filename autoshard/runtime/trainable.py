@@ -412,7 +412,7 @@ class Trainable(ABC):
         if launches is not None:
             self.grads.scale_(launches, scale)
         elif given:
-            torch._foreach_mul_([grad for _, grad in given], scale)
+            torch.ops.aten._foreach_mul_.Tensor([grad for _, grad in given], scale)
         for optimizer in self.optimizers:
             optimizer.norm = total
         return total
