@@ -31,6 +31,7 @@ CHUNK = 16384  # elements of a program; a multiple of the blocks
 BLOCK = 1024  # elements that a program steps at once: 16 bytes of bf16 for each thread of four warps
 READ_BLOCK = 2048  # of one that only reads
 WARPS = 4
+DTYPES = (torch.float32, *backend.HALF)
 ALIGNED = 16  # bytes of an address, and elements of a tensor
 PARAM, GRAD, FIRST, SECOND, STEP, MASTER = range(6)
 """The columns of `adam_`."""
@@ -39,7 +40,7 @@ Row = tuple[Tensor | None, ...]
 
 
 def applies(tensor: Tensor) -> bool:
-    return backend.fused(tensor) and tensor.is_contiguous() and tensor.dtype in (torch.float32, *backend.HALF)
+    return backend.fused(tensor) and tensor.is_contiguous() and tensor.dtype in DTYPES
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ class Table:
     def of(self, given: Sequence[tuple[Hashable, Row]]) -> list[Launch]:
         key: list[Any] = [CHUNK]
         for kind, row in given:
-            key.append(kind)
+            key += (kind, None if row[0] is None else row[0].numel())
             for x in row:
-                key += (0, 0, 0) if x is None else (x.data_ptr(), x.dtype, x.numel())
+                if x is None:
+                    key.append(None)
+                else:
+                    key += (x.data_ptr(), x.dtype)
         if key != self.key:
             self.launches, self.key = self._make(given), key
         return self.launches
@@ -82,9 +86,12 @@ class Table:
             first = row[0]
             assert first is not None
             n = first.numel()
-            odd = next((x for x in row if x is not None and (x.numel() not in (n, 1) or not x.is_contiguous())), None)
+            odd = next((x for x in row if x is not None and not (x.numel() in (n, 1) and x.is_contiguous() and x.dtype in DTYPES)), None)
             if odd is not None:
-                raise ValueError(f"found a tensor of {list(odd.shape)}, strides {odd.stride()}; expected {list(first.shape)}, dense")
+                raise ValueError(
+                    f"found a {odd.dtype} tensor of {list(odd.shape)}, strides {odd.stride()}; expected {list(first.shape)}, dense, of "
+                    f"{', '.join(map(str, DTYPES))}"
+                )
             if n:
                 wide = [x for x in row if x is not None and x.numel() == n]
                 aligned = n % ALIGNED == 0 and all(x.data_ptr() % ALIGNED == 0 for x in wide)
@@ -128,7 +135,7 @@ def not_finite(launches: Sequence[Launch], column: int, found: Tensor) -> None:
 
     for x in launches:
         with torch.cuda.device_of(x.rows):
-            device.not_finite[(x.where.shape[0],)](
+            device.many_not_finite[(x.where.shape[0],)](
                 x.rows, x.where, found, COLUMN=column, DTYPE=_language(x.dtypes[column]), **x.settings(READ_BLOCK)
             )
 
@@ -141,7 +148,7 @@ def squares(launches: Sequence[Launch], column: int) -> list[Tensor]:
     for x in launches:
         with torch.cuda.device_of(x.rows):
             partials = torch.empty(x.where.shape[0], dtype=torch.float32, device=x.rows.device)
-            device.squares[(x.where.shape[0],)](
+            device.many_squares[(x.where.shape[0],)](
                 x.rows, x.where, partials, COLUMN=column, DTYPE=_language(x.dtypes[column]), **x.settings(READ_BLOCK)
             )
             sums.append(partials.sum())
@@ -153,7 +160,7 @@ def scale_(launches: Sequence[Launch], column: int, coefficient: Tensor) -> None
 
     for x in launches:
         with torch.cuda.device_of(x.rows):
-            device.scale[(x.where.shape[0],)](
+            device.many_scale[(x.where.shape[0],)](
                 x.rows, x.where, coefficient, COLUMN=column, DTYPE=_language(x.dtypes[column]), **x.settings(READ_BLOCK)
             )
 
@@ -177,7 +184,7 @@ def adam_(x: Launch, rates: Rates, skip: Tensor) -> None:
     log1, log2 = (math.log(beta) if beta > 0 else -1e30 for beta in (rates.beta1, rates.beta2))
     PARAMS, GRADS, FIRSTS, SECONDS = (_language(x.dtypes[i]) for i in (PARAM, GRAD, FIRST, SECOND))
     with torch.cuda.device_of(x.rows):
-        device.adam[(x.where.shape[0],)](
+        device.many_adam[(x.where.shape[0],)](
             x.rows, x.where, skip, rates.lr, rates.beta1, rates.beta2, 1 - rates.beta1, 1 - rates.beta2, log1, log2, rates.eps,
             rates.weight_decay, PARAM=PARAMS, GRAD=GRADS, FIRST=FIRSTS, SECOND=SECONDS, MASTER=_language(x.dtypes[MASTER]),
             DECOUPLED=rates.decoupled, RATE_AT=isinstance(rates.lr, Tensor), **x.settings(BLOCK),

@@ -44,7 +44,7 @@ class FusedAdam:
                 grad = param.grad
                 if grad is None:
                     continue
-                if grad.layout != torch.strided or not many.applies(param):
+                if grad.layout != torch.strided:
                     return None
                 if not grad.is_contiguous():
                     param.grad = grad = grad.contiguous()
@@ -60,7 +60,7 @@ class FusedAdam:
             state["step"] = torch.zeros((), dtype=torch.float32, device=stepped.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(stepped), torch.zeros_like(stepped)
         step = state["step"]
-        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != stepped.device:  # another implementation's
+        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != stepped.device.type:  # another's
             state["step"] = torch.as_tensor(step, dtype=torch.float32).to(stepped.device, non_blocking=True)
         return state
 

@@ -54,10 +54,12 @@ def test_the_table_is_made_anew_only_for_other_tensors():
 
 
 def test_what_is_not_dense_is_refused():
-    with pytest.raises(ValueError, match=r"found a tensor of \[4, 3\], strides \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"found a torch.float32 tensor of \[4, 3\], strides \(1, 4\)"):
         launches([torch.zeros(3, 4).t()])
-    with pytest.raises(ValueError, match=r"found a tensor of \[4\].*expected \[5\]"):
+    with pytest.raises(ValueError, match=r"found a torch.float32 tensor of \[4\].*expected \[5\]"):
         many.Table().of([(0, (torch.zeros(5), torch.zeros(4)))])
+    with pytest.raises(ValueError, match=r"found a torch.float64 tensor of \[2\]"):
+        launches([torch.zeros(2, dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

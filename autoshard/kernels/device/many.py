@@ -32,7 +32,7 @@ def tensor(row, COLUMN: tl.constexpr, begin, DTYPE: tl.constexpr, ALIGNED: tl.co
 
 
 @triton.jit
-def not_finite(
+def many_not_finite(
     rows, where, found, COLUMN: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def not_finite(
 
 
 @triton.jit
-def squares(
+def many_squares(
     rows, where, partials, COLUMN: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def squares(
 
 
 @triton.jit
-def scale(
+def many_scale(
     rows, where, coefficient, COLUMN: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def scale(
 
 
 @triton.jit
-def adam(
+def many_adam(
     rows, where, skip, lr, beta1, beta2, rest1, rest2, log1, log2, eps, decay, PARAM: tl.constexpr, GRAD: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, MASTER: tl.constexpr, DECOUPLED: tl.constexpr, RATE_AT: tl.constexpr, WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
