@@ -2,7 +2,9 @@
 
     python -m benchmarks.optimizer                                              # six layers of an 8B Llama in bf16, each tensor its own
     python -m benchmarks.optimizer --layers 32 --only step,masters --vocab 128256
-    python -m benchmarks.optimizer --tune many.BLOCK=1024,2048,4096 --tune many.WARPS=4,8 --tune many.CHUNK=16384,65536
+    python -m benchmarks.optimizer --only step --tune many.BLOCK=512,1024,2048 --tune many.WARPS=4,8 --tune many.CHUNK=16384,65536
+    python -m benchmarks.optimizer --only masters --tune many.MASTER_BLOCK=512,1024,2048 --tune many.WARPS=4,8
+    python -m benchmarks.optimizer --only check,norm,within,clipped --tune many.READ_BLOCK=1024,2048,4096,8192 --tune many.WARPS=4,8
 
 device: milliseconds between two events around a call, nothing of it in the cache before. host: until the call returns, with an idle
 device: what Python costs. `of copy`: the time that its bytes take at the speed of a copy in the same run, over its time. `waits`: whether

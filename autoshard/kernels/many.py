@@ -29,6 +29,7 @@ from . import backend
 
 CHUNK = 16384  # elements of a program; a multiple of the blocks
 BLOCK = 1024  # elements that a program steps at once: 16 bytes of bf16 for each thread of four warps
+MASTER_BLOCK = 512  # with masters: 16 bytes of float32 for each, so that bf16 and float32 lie in threads alike, without shared memory
 READ_BLOCK = 2048  # of one that only reads
 WARPS = 4
 DTYPES = (torch.float32, *backend.HALF)
@@ -182,12 +183,13 @@ def adam_(x: Launch, rates: Rates, skip: Tensor) -> None:
     from .device import many as device
 
     log1, log2 = (math.log(beta) if beta > 0 else -1e30 for beta in (rates.beta1, rates.beta2))
-    PARAMS, GRADS, FIRSTS, SECONDS = (_language(x.dtypes[i]) for i in (PARAM, GRAD, FIRST, SECOND))
+    kinds = {name: _language(x.dtypes[i]) for name, i in (("PARAM", PARAM), ("GRAD", GRAD), ("FIRST", FIRST), ("SECOND", SECOND))}
+    master = x.dtypes[MASTER]
     with torch.cuda.device_of(x.rows):
         device.many_adam[(x.where.shape[0],)](
             x.rows, x.where, skip, rates.lr, rates.beta1, rates.beta2, 1 - rates.beta1, 1 - rates.beta2, log1, log2, rates.eps,
-            rates.weight_decay, PARAM=PARAMS, GRAD=GRADS, FIRST=FIRSTS, SECOND=SECONDS, MASTER=_language(x.dtypes[MASTER]),
-            DECOUPLED=rates.decoupled, RATE_AT=isinstance(rates.lr, Tensor), **x.settings(BLOCK),
+            rates.weight_decay, **kinds, MASTER=_language(master), DECOUPLED=rates.decoupled, RATE_AT=isinstance(rates.lr, Tensor),
+            **x.settings(BLOCK if master is None else MASTER_BLOCK),
         )  # fmt: skip
 
 

@@ -54,10 +54,11 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"linear_cross_entropy {cap}",
             lambda cap=cap: Op.linear_cross_entropy(t(8, 64), t(32000, 64), labels, torch.tensor(8.0), softcap=cap),
         )
-    one, wide = torch.tensor(1.0), torch.zeros(5000)
+    one, wide = torch.tensor(1.0), torch.zeros(5008)
     how = (0.9, 0.95, 1e-8, 0.1)
-    p = torch.zeros(5000, dtype=dtype)
-    yield "adamw", lambda: Op.adamw(p, p, wide, wide, wide.clone(), one, one, one, one, None, *how)
+    p = torch.zeros(5008, dtype=dtype)
+    yield "adamw, aligned, no master", lambda: Op.adamw(p, p.clone(), p.clone(), p.clone(), None, one, one, one, one, None, *how)
+    yield "adamw, aligned", lambda: Op.adamw(p, p, wide, wide, wide.clone(), one, one, one, one, None, *how)
     if dtype == torch.bfloat16:
         yield "adamw, rounding by chance", lambda: Op.adamw(p, p, wide, wide, None, one, one, None, None, torch.tensor(3), *how)
     yield from of_many(dtype)
