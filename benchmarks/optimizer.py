@@ -115,12 +115,12 @@ def gradients(name: str, params: list[nn.Parameter], grads: list[Tensor], named:
     }.get(name, {"ours": clip, "torch": torchs})
 
 
-def measure(call: Call, device: torch.device, moved: float, rate: float) -> dict[str, Any]:
-    for _ in range(3):
+def measure(call: Call, device: torch.device, moved: float, rate: float, rounds: int) -> dict[str, Any]:
+    for _ in range(min(3, rounds)):
         call()
     seconds = harness.kernel(call, device)
     hosts = []
-    for _ in range(10):
+    for _ in range(rounds):
         harness.synchronize(device)
         start = time.perf_counter()
         call()
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for name, moved, calls in cases(a, device):
         for who, call in calls.items():
-            r = found.setdefault(name, {})[who] = measure(call, device, moved, rate)
+            r = found.setdefault(name, {})[who] = measure(call, device, moved, rate, a.rounds)
             print(f"{name:10}{who:8}{r['ms']:10.3f}{r['host_ms']:9.3f}{r['of_copy']:9.2f}  {'yes' if r['waits'] else 'no'}", flush=True)
             if who == "ours" and a.tune:
                 r["tuned"] = tuned(call, a, device)
@@ -181,6 +181,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--only", default="", help=f"some of {', '.join(CASES)}")
     p.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     p.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--rounds", type=int, default=10, help="calls of which the host's time is taken")
     p.add_argument("--tune", type=kernels.constant, action="append", default=[], metavar="MODULE.NAME=VALUES", help="try all combinations")
     p.add_argument("--results", default=str(harness.RESULTS), help="folder of the record; empty: none")
     a = p.parse_args(argv)
