@@ -12,7 +12,7 @@ bytes wide loads) or not. The table is brought over anew, without waiting, when 
 Triton only (`applies`): elsewhere torch's foreach does the same.
 """
 
-# shapes: rows [tensors, 1 + columns], where [programs, 2]; found, coefficient, skip, a rate on the device: one number each
+# shapes: rows [tensors, 1 + columns, made even], where [programs, 2]; found, coefficient, skip, a rate on the device: one number each
 
 from __future__ import annotations
 
@@ -96,8 +96,9 @@ class Table:
             if n:
                 wide = [x for x in row if x is not None and x.numel() == n]
                 aligned = n % ALIGNED == 0 and all(x.data_ptr() % ALIGNED == 0 for x in wide)
-                addresses = (0 if x is None else x.data_ptr() for x in row)
-                sorts.setdefault((kind, tuple(x if x is None else x.dtype for x in row), aligned), []).append((n, *addresses))
+                # an even number, so that every launch's rows begin at 16 bytes: Triton compiles anew for others
+                facts = (n, *(0 if x is None else x.data_ptr() for x in row), *(0,) * (1 - len(row) % 2))
+                sorts.setdefault((kind, tuple(x if x is None else x.dtype for x in row), aligned), []).append(facts)
         if not sorts:
             return []
         device = next(x.device for _, row in given for x in row if x is not None)

@@ -34,6 +34,8 @@ def test_tensors_of_a_kind_share_a_launch():
         ("torch.bfloat16", False, 3), ("torch.bfloat16", True, 3), ("torch.float32", False, 3), ("torch.float32", True, 3),
     ]  # fmt: skip
     assert len(launches([single[0], single[3]], kinds=["a", "b"])) == 2
+    three = many.Table().of([(kind, (x, x)) for kind in range(3) for x in single])
+    assert {x.rows.data_ptr() % 16 for x in three} == {three[0].rows.data_ptr() % 16}
     assert launches([torch.ones(0)]) == [] and launches([]) == []
 
 
