@@ -154,22 +154,24 @@ class ShardedOptimizer(optim.Optimizer):
     def _leaves_out(self) -> bool:
         """Whether torch's kernel takes a number on the device that says whether to step. (SGD's first step with momentum would leave
         buffers that nobody has written.)"""
-        groups = self.inner.param_groups
-        return (
-            getattr(self.inner, "_step_supports_amp_scaling", False)
-            and all(g.get("fused") for g in groups)
-            and all(
-                not g.get("momentum") or all(self.inner.state[p].get("momentum_buffer") is not None for p in g["params"]) for g in groups
-            )
-        )
+        if not getattr(self.inner, "_step_supports_amp_scaling", False):
+            return False
+        state = self.inner.state
+
+        def ready(group: dict[str, Any]) -> bool:
+            new = group.get("momentum") and not any(state.get(p, {}).get("momentum_buffer") is not None for p in group["params"])
+            return bool(group.get("fused")) and not (new and group["params"])
+
+        return all(map(ready, self.inner.param_groups))
 
     def _step_inner(self) -> None:
         low = [(self.masters[name], param) for name, param in self.named if name in self.masters]
         for master, param in low:
             master.grad = None if param.grad is None else param.grad.float()
         self.inner.step()
-        for master, param in low:
-            param.copy_(master)
+        if low:
+            torch._foreach_copy_([param for _, param in low], [master for master, _ in low])
+        for master, _ in low:
             master.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -185,7 +185,7 @@ def test_what_it_does_not_compute_is_torchs(triton, options):  # noqa: F811
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {}, {"momentum": 0.9, "weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("skips", [(0,), (1,)], ids=str)
 def test_torchs_fused_optimizers_leave_steps_out_themselves(options, skips):
-    named, plain = params(torch.float32)[:4], params(torch.float32)[:4]
+    named, plain = params(torch.float32), params(torch.float32)
     ours = ShardedOptimizer(optim.SGD, named, lr=0.1, fused=True, **options)
     theirs = optim.SGD([p for _, p in plain], lr=0.1, **options)
     for step in range(4):
@@ -195,6 +195,7 @@ def test_torchs_fused_optimizers_leave_steps_out_themselves(options, skips):
             theirs.step()
     assert ours.skipped == 1 and ours._leaves_out()
     assert all(distance(p, q) <= 1e-6 for (_, p), (_, q) in zip(named, plain, strict=True))
+    assert len(ours.state) == (len(named) - 1 if "momentum" in options else 0)  # asking makes none
 
 
 class Reads(TorchDispatchMode):
@@ -315,7 +316,7 @@ def test_on_a_gpu_nothing_waits(dtype, masters, cls, caplog):
 
 @pytest.mark.gpu
 def test_on_a_gpu_torchs_fused_optimizers_do_not_wait_either():
-    named = [(name, p) for name, p in params(torch.float32, "cuda") if name != "idle"]
+    named = params(torch.float32, "cuda")
     ours = ShardedOptimizer(optim.SGD, named, lr=0.1, momentum=0.9)
     for step in range(4):
         give(named, step, bad=step == 2)
