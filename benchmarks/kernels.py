@@ -49,6 +49,8 @@ class Case:
     outs: int = 1
     against: str = "compile"
     tolerance: float = 0.0
+    moved: float = 0.0
+    """Bytes, where the dtypes aren't those that the registry's cost takes for granted."""
 
     @property
     def allowed(self) -> float:
@@ -61,7 +63,8 @@ class Case:
 
     def cost(self) -> tuple[float, float]:
         tensors = [x for x in self.inputs if isinstance(x, Tensor)]
-        return self.kernel.cost(*(tuple(x.shape) for x in tensors), itemsize=tensors[0].element_size())
+        flops, moved = self.kernel.cost(*(tuple(x.shape) for x in tensors), itemsize=tensors[0].element_size())
+        return flops, self.moved or moved
 
 
 class Maker:
@@ -147,21 +150,26 @@ def cross_entropy(make: Maker) -> Iterator[Case]:
 
 
 def adamw(make: Maker) -> Iterator[Case]:
-    n = make.a.params
+    """With float32 moments and a master; and all in one dtype, as a step without masters. (Of many tensors: `benchmarks.optimizer`.)"""
+    n, entry = make.a.params, KERNELS["adamw"]
     one, how = torch.tensor(1e-3, device=make.device), (0.9, 0.95, 1e-8, 0.1)
-    p, g = make(n), make(n)
-    m, v, master = torch.zeros(n, device=make.device), torch.zeros(n, device=make.device), p.float()
-    step = torch.ones((), device=make.device)
-    parameter = torch.nn.Parameter(master.clone())
-    optimizer = torch.optim.AdamW([parameter], lr=one.clone(), betas=how[:2], eps=how[2], weight_decay=how[3], fused=True)
+    for master in (True, False):
+        p, g = make(n), make(n)
+        kind = torch.float32 if master else p.dtype
+        m, v = torch.zeros(n, dtype=kind, device=make.device), torch.zeros(n, dtype=kind, device=make.device)
+        step, whole = torch.ones((), device=make.device), p.float() if master else None
+        parameter = torch.nn.Parameter(p.to(kind, copy=True))
+        optimizer = torch.optim.AdamW([parameter], lr=one.clone(), betas=how[:2], eps=how[2], weight_decay=how[3], fused=True)
 
-    def theirs(p: Tensor, g: Tensor, *_: Any) -> None:  # on the float32 master, and then its rounding
-        parameter.grad = g.to(parameter.dtype)
-        optimizer.step()
-        p.copy_(parameter.detach())
+        def theirs(p: Tensor, g: Tensor, *_: Any, parameter: Any = parameter, optimizer: Any = optimizer) -> None:
+            parameter.grad = g.to(parameter.dtype)
+            optimizer.step()
+            p.copy_(parameter.detach())  # its rounding
 
-    inputs = [p, g, m, v, master, one, step, None, None, None, *how]
-    yield Case(KERNELS["adamw"], inputs, [], Op.adamw, KERNELS["adamw"].reference, {"torch": theirs}, outs=0, against="torch")
+        inputs = [p, g, m, v, whole, one, step, None, None, None, *how]
+        moved = 0.0 if master else 7.0 * n * p.element_size()
+        yield Case(entry, inputs, [], Op.adamw, entry.reference, {"torch": theirs}, outs=0, against="torch", moved=moved)
+        del parameter, optimizer, theirs
 
 
 def accumulate(make: Maker) -> Iterator[Case]:
@@ -344,26 +352,35 @@ def measure(case: Case, a: argparse.Namespace, device: torch.device, rates: tupl
     return found
 
 
-def tuned(case: Case, a: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Milliseconds of ours under each combination of the constants that `--tune` names, which are put back afterwards."""
-    places = [(importlib.import_module(f"autoshard.kernels.{module}"), name) for module, name, _ in a.tune]
+Constants = Sequence[tuple[str, str, list[Any]]]
+"""What `--tune` names: module, constant, values."""
+
+
+def settings(tune: Constants) -> Iterator[str]:
+    """Sets each combination in turn, and puts back what was there."""
+    places = [(importlib.import_module(f"autoshard.kernels.{module}"), name) for module, name, _ in tune]
     before = [getattr(module, name) for module, name in places]
-    found: dict[str, float] = {}
     try:
-        for values in itertools.product(*(choices for _, _, choices in a.tune)):
+        for values in itertools.product(*(choices for _, _, choices in tune)):
             for (module, name), value in zip(places, values, strict=True):
                 setattr(module, name, value)
-            label = ", ".join(f"{module}.{name}={value}" for (module, name, _), value in zip(a.tune, values, strict=True))
-            try:
-                step = Step(case, case.ours)
-                step()
-                call, _ = graphed(step, device, a.repeat)
-                found[label] = harness.median(harness.in_turns({"ours": call}, a.rounds, device)["ours"]) / a.repeat * 1e3
-            except Exception as error:  # more than a device has: an answer too
-                print(f"{'':34}{label}: {type(error).__name__}: {str(error)[:100]}")
+            yield ", ".join(f"{module}.{name}={value}" for (module, name, _), value in zip(tune, values, strict=True))
     finally:
         for (module, name), value in zip(places, before, strict=True):
             setattr(module, name, value)
+
+
+def tuned(case: Case, a: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Milliseconds of ours under each combination of the constants that `--tune` names."""
+    found: dict[str, float] = {}
+    for label in settings(a.tune):
+        try:
+            step = Step(case, case.ours)
+            step()
+            call, _ = graphed(step, device, a.repeat)
+            found[label] = harness.median(harness.in_turns({"ours": call}, a.rounds, device)["ours"]) / a.repeat * 1e3
+        except Exception as error:  # more than a device has: an answer too
+            print(f"{'':34}{label}: {type(error).__name__}: {str(error)[:100]}")
     for label, ms in sorted(found.items(), key=lambda item: item[1]):
         print(f"{'':56}{ms:10.3f}  {label}")
     return found

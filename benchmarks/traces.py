@@ -27,7 +27,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("embedding and loss", rf"{_FUSED}\w*(?:embedding|nll|cross_entropy|log_softmax|logsumexp)"),
     ("pointwise", _FUSED),  # its name lists all that it was fused of
     ("attention", r"flash|fmha|attention|sdpa|cudnn_generated"),
-    ("optimizer", r"multi_tensor_apply|fused_?adam|foreach|adamw|optimizer"),
+    ("optimizer", r"multi_tensor_apply|fused_?adam|foreach|adamw|optimizer|^many_"),
     ("matmul", r"triton_tem|gemm|gemv|nvjet|cutlass|xmma|wgmma|cublas|split_?k|(?:^|:)(?:addmm|baddbmm|bmm|mm|linear|matmul)(?:$|_|\b)"),
     ("quantising", r"cast_transpose|quantiz|amax|fp8|scale_inv"),
     ("embedding and loss", r"embedding|nll|cross_?entropy|log_?softmax|logsumexp"),
@@ -72,6 +72,8 @@ def kind_of(name: str) -> str:
     ['matmul', 'pointwise', 'copies', 'matmul', 'other']
     >>> kind_of("triton_poi_fused__scaled_dot_product_flash_attention__to_copy_2"), kind_of("triton_red_fused_nll_loss_forward_1")
     ('pointwise', 'embedding and loss')
+    >>> kind_of("many_adam"), kind_of("many_not_finite")
+    ('optimizer', 'optimizer')
     """
     return next((kind for kind, pattern in _PATTERNS if pattern.search(name)), OTHER)
 

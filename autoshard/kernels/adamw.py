@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import backend
 
-BLOCK = 1024  # elements of a program
+BLOCK = 1024  # elements of a program: 16 bytes of bf16 for each of its threads
+MASTER_BLOCK = 512  # with a master: 16 bytes of float32 for each, so that both lie in threads alike
 WARPS = 4
 
 
@@ -63,11 +64,11 @@ def adamw(
         return reference(param, grad, exp_avg, exp_avg_sq, master, lr, step, clip, skip, seed, beta1, beta2, eps, weight_decay)
     from .device import adamw as device
 
-    n = param.numel()
+    n, block = param.numel(), BLOCK if master is None else MASTER_BLOCK
     log1, log2 = (math.log(beta) if beta > 0 else -1e30 for beta in (beta1, beta2))
-    device.update[(backend.blocks(n, BLOCK),)](
+    device.update[(backend.blocks(n, block),)](
         param, grad, exp_avg, exp_avg_sq, master, lr, step, clip, skip, seed, n, beta1, beta2, 1 - beta1, 1 - beta2, log1, log2, eps,
-        weight_decay, BLOCK=BLOCK, num_warps=WARPS,
+        weight_decay, BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
 
 

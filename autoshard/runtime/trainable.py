@@ -22,6 +22,7 @@ from ..lower.program import Program, RankProgram, Slot
 from ..trace.captured import unknown
 from .deferred import is_deferred, materialise, promised
 from .executor import Executor, State, Step
+from .fused import Gradients
 from .inputs import StepInputs, draw_masks, torch_dtype
 from .limits import Limits
 from .optimizer import ShardedOptimizer
@@ -117,6 +118,7 @@ class Trainable(ABC):
         self.program, self.captured, self.device = program, captured or program.captured, device
         self.seed, self.steps_taken = 0, 0
         self.optimizers: list[ShardedOptimizer] = []
+        self.grads = Gradients()
         self.saving: Background | None = None
         self.holders = {kind: _holders(program, kind) for kind in ("params", "buffers")}
         values, whole = program.graph.sources("param", "buffer"), _whole_weights(weights)
@@ -383,11 +385,12 @@ class Trainable(ABC):
         parameters and states stay as they are on all of them, and it says so."""
         named = [(name, param) for name, param in self.named_parameters() if param.requires_grad]
         names = [p for p, o in self.owner.items() if p == o]
-        made = ShardedOptimizer(cls, named, groups, names, masters, self._reduce, **options)
+        made = ShardedOptimizer(cls, named, groups, names, masters, self._reduce, self.device, **options)
         made.tells = any(state.rank == 0 for state in self.states)
         self.optimizers.append(made)
         return made
 
+    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_ on the whole model (a collective call). The total norm before clipping. Where that isn't
         finite, the next step of every optimizer is left out on all ranks (it has no need to look at the gradients again)."""
@@ -396,15 +399,9 @@ class Trainable(ABC):
             raise ValueError(f"norm_type is {norm_type}; expected a positive number, or inf")
         highest = norm_type == float("inf")
         holders = self.holders["params"]
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for state in self.states:
-            for path, param in state.params.items():
-                if param.grad is None or not param.numel():
-                    continue
-                norm = torch.linalg.vector_norm(param.grad, norm_type, dtype=None if param.dtype == torch.float64 else torch.float32)
-                if state.rank not in holders[path]:
-                    norm = norm * 0.0  # a replica counts once, but has to be finite everywhere
-                total = torch.maximum(total, norm) if highest else total + norm**norm_type
+        given = [(s.rank in holders[path], p.grad) for s in self.states for path, p in s.params.items() if p.grad is not None]
+        launches = self.grads.launches(given) if norm_type == 2.0 else None
+        total = self._powers(given, norm_type) if launches is None else self.grads.squares(launches)
         if any(v.tensor.dtype == "float64" for v in self.program.graph.sources("param")):
             total = total.double()
         if highest:  # a maximum over ranks may drop a NaN
@@ -412,11 +409,24 @@ class Trainable(ABC):
         total = self._reduce(total, "max" if highest else "sum")
         total = total if highest else total ** (1.0 / norm_type)
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        grads = [param.grad for param in self.parameters() if param.grad is not None]
-        if grads:
-            torch._foreach_mul_(grads, scale)
+        if launches is not None:
+            self.grads.scale_(launches, scale)
+        elif given:
+            torch.ops.aten._foreach_mul_.Tensor([grad for _, grad in given], scale)
         for optimizer in self.optimizers:
             optimizer.norm = total
+        return total
+
+    def _powers(self, given: Sequence[tuple[bool, Tensor]], norm_type: float) -> Tensor:
+        """The sum of the elements' powers, or the largest element, of gradients (and whether each counts)."""
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for counts, grad in given:
+            if not grad.numel():
+                continue
+            norm = torch.linalg.vector_norm(grad, norm_type, dtype=None if grad.dtype == torch.float64 else torch.float32)
+            if not counts:
+                norm = norm * 0.0  # a replica counts once, but has to be finite everywhere
+            total = torch.maximum(total, norm) if norm_type == float("inf") else total + norm**norm_type
         return total
 
 

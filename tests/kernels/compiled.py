@@ -2,7 +2,8 @@
 
 The interpreter takes what the compiler refuses (types that change in a loop, shapes that don't broadcast), so each operator is called as
 on a device, in bf16 and float32, at the widths of real models, and each launch is compiled, down to machine code, instead of run. Prints
-a line a kernel: registers' spills in bytes, shared memory, warps, seconds. Ends with an error if one doesn't compile.
+a line a kernel: registers' spills in bytes, shared memory, warps, the widest access in words, seconds. Ends with an error if one doesn't
+compile, or if one of aligned tensors isn't compiled to accesses of 16 bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from autoshard.kernels import backend, registry  # noqa: F401  (registers the operators)
+from autoshard.kernels import backend, many, registry  # noqa: F401  (registers the operators)
 
 Op = torch.ops.autoshard
 
@@ -53,12 +54,14 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"linear_cross_entropy {cap}",
             lambda cap=cap: Op.linear_cross_entropy(t(8, 64), t(32000, 64), labels, torch.tensor(8.0), softcap=cap),
         )
-    one, wide = torch.tensor(1.0), torch.zeros(5000)
+    one, wide = torch.tensor(1.0), torch.zeros(5008)
     how = (0.9, 0.95, 1e-8, 0.1)
-    p = torch.zeros(5000, dtype=dtype)
-    yield "adamw", lambda: Op.adamw(p, p, wide, wide, wide.clone(), one, one, one, one, None, *how)
+    p = torch.zeros(5008, dtype=dtype)
+    yield "adamw, aligned, no master", lambda: Op.adamw(p, p.clone(), p.clone(), p.clone(), None, one, one, one, one, None, *how)
+    yield "adamw, aligned", lambda: Op.adamw(p, p, wide, wide, wide.clone(), one, one, one, one, None, *how)
     if dtype == torch.bfloat16:
         yield "adamw, rounding by chance", lambda: Op.adamw(p, p, wide, wide, None, one, one, None, None, torch.tensor(3), *how)
+    yield from of_many(dtype)
     experts = torch.zeros(64, 2, dtype=torch.int64)
     for score in ("softmax", "sigmoid"):
         yield f"moe_route {score}", lambda s=score: Op.moe_route(t(64, 128), None, 8, s, True)
@@ -73,6 +76,21 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         for kind in ("e4m3", "e5m2"):
             yield f"quantise {kind}", lambda kind=kind: Op.quantise(t(256, 256), None, kind, True)
             yield f"quantise {kind}, delayed", lambda kind=kind: Op.quantise(t(256, 256), torch.tensor(1.0), kind, False)
+
+
+def of_many(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    one = torch.ones(())
+    for n, how in ((4096, "aligned"), (4099, "odd")):
+        x, master = torch.zeros(n, dtype=dtype), torch.zeros(n)
+        (alone,) = many.Table().of([(0, (x, x, x, x, one, None))])
+        yield f"not finite, {how}", lambda t=alone: many.not_finite([t], many.GRAD, one)
+        yield f"squares, {how}", lambda t=alone: many.squares([t], many.GRAD)
+        yield f"scale, {how}", lambda t=alone: many.scale_([t], many.GRAD, one)
+        yield f"adam, {how}", lambda t=alone: many.adam_(t, many.Rates(0.1, 0.9, 0.99, 1e-8, 0.1, False), one)
+        yield f"adamw, its rate there, {how}", lambda t=alone: many.adam_(t, many.Rates(one, 0.9, 0.99, 1e-8, 0.1, True), one)
+        if dtype == torch.bfloat16:
+            (both,) = many.Table().of([(0, (x, x, master, master, one, master))])
+            yield f"adamw, masters, {how}", lambda t=both: many.adam_(t, many.Rates(0.1, 0.9, 0.99, 1e-8, 0.1, True), one)
 
 
 class Driver:
@@ -135,8 +153,12 @@ def main(capability: int = 90) -> int:
                 continue
             for kernel, seconds in compiled.values():
                 m = kernel.metadata
+                width = max(map(int, re.findall(r"(?:ld|st)\.global[.\w:]*\.v([248])", kernel.asm["ptx"])), default=1)
+                if "aligned" in name and width < 4:
+                    failures += 1
+                    print(f"{name} {dtype}: accesses of {4 * width} bytes, expected 16")
                 print(f"{name:34} {str(dtype)[6:]:9} {m.name:16} spills {spilled(kernel.asm['cubin']):5d}  shared {m.shared:6d}  "
-                      f"warps {m.num_warps:2d}  {seconds:5.1f} s", flush=True)  # fmt: skip
+                      f"warps {m.num_warps:2d}  vectors of {width}  {seconds:5.1f} s", flush=True)  # fmt: skip
     print("all compiled" if not failures else f"{failures} failed")
     return failures
 

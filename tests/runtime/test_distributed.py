@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from autoshard.errors import BatchError, MeshError
+from autoshard.kernels import backend
 from autoshard.runtime.comm import Comm
 from autoshard.runtime.in_process import InProcess
 from autoshard.runtime.module import Sharded
 
+from ..kernels.conftest import triton  # noqa: F401  (a fixture)
 from .by_hand import Plain, batch, program
 from .ranks import ranks
 
@@ -48,6 +50,7 @@ def poisoned_on(victim, value, norm):
     """A gradient that isn't finite in one rank's shard alone: which steps each rank takes, and what they change."""
     trainer = Sharded(program(), Plain(), device=CPU, compile=False)
     optimizer = trainer.optimizer(torch.optim.AdamW, lr=0.05)
+    assert (optimizer.kernel is not None) == backend.interpreting()
     taken = []
     for bad in (False, True, False):
         before = [p.detach().clone() for p in trainer.parameters()]
@@ -65,6 +68,12 @@ def poisoned_on(victim, value, norm):
 @pytest.mark.parametrize(("victim", "value", "norm"), [(3, "nan", None), (0, "inf", None), (1, "nan", float("inf"))])
 def test_all_ranks_leave_out_what_one_finds_not_finite(victim, value, norm):
     found = ranks(4, poisoned_on, victim, float(value), norm)
+    assert found == [([True, False, True], 1, rank == 0) for rank in range(4)]
+
+
+@pytest.mark.parametrize("norm", [None, 2.0])
+def test_all_ranks_leave_it_out_where_kernels_step(norm, triton):  # noqa: F811
+    found = ranks(4, poisoned_on, 2, float("nan"), norm)
     assert found == [([True, False, True], 1, rank == 0) for rank in range(4)]
 
 

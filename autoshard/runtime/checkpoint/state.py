@@ -22,7 +22,7 @@ from ...errors import CheckpointError
 from ...lower.program import Slot
 from ..executor import State
 from ..inputs import torch_dtype
-from ..optimizer import ShardedOptimizer
+from ..optimizer import HOW, ShardedOptimizer
 from ..trainable import Trainable
 from . import plain
 from .blocks import NAMES
@@ -381,7 +381,7 @@ def _restore_optimizer(places: Places, source: Checkpoint, match: Match, optimiz
 
 
 def _restore_group(group: dict[str, Any], old: Any) -> None:
-    for key in old.keys() | group.keys() - {"params"}:
+    for key in (old.keys() | group.keys()) - {"params"} - {how for how in HOW if how in group}:
         if key not in old or key not in group:
             if key != "initial_lr":  # a scheduler's, which may not have been made yet
                 log.warning("the optimizer's option %s is only known %s", key, "here" if key in group else "in the checkpoint")
