@@ -101,6 +101,7 @@ class Module:
     backward_input(saved…, gradients of `grad_outputs`…) -> (gradients of `grad_inputs`…, kept for the weights…)
     backward_weight(kept…) -> gradients of `grad_params`…
     backward(saved…, gradients of `grad_outputs`…) -> (gradients of `grad_inputs`…, of `grad_params`…), where there are any of these
+    backward_in_place is the same where gradients may be overwritten that are all-reduced as they come (None: there are none)
     All indices count `Call.inputs` / `Call.outputs`. The backward graphs are None where nothing in the block has a gradient.
     """
 
@@ -113,6 +114,7 @@ class Module:
     grad_params: tuple[int, ...]
     key: str = ""
     backward: fx.GraphModule | None = None
+    backward_in_place: fx.GraphModule | None = None
 
 
 @dataclass
