@@ -73,7 +73,9 @@ class Faults:
             raise self.error("\n".join([f"{count} fault{'s' * (count > 1)} in {self.filename}", *shown]))
 
 
-def load_strict(text: str, filename: str, error: type[AutoshardError] = PlanFileError, faults: Faults | None = None) -> tuple[Any, Marks]:
+def load_strict(
+    text: str, filename: str, error: type[AutoshardError] = PlanFileError, faults: Faults | None = None
+) -> tuple[Any, Marks]:
     """Parse one YAML document. Returns its data and its marks; raises `error` naming every fault with file:line:column. With `faults`,
     those that leave data to go on with are put there instead, so that a reader can tell of its own in the same breath."""
     collected, faults = faults is not None, faults or Faults(filename, error)
