@@ -80,7 +80,7 @@ def _owned(module: Module) -> tuple[list[bool], list[bool]]:
 def _own_outputs(graph: fx.GraphModule) -> list[bool]:
     results = next(n for n in graph.graph.nodes if n.op == "output").args[0]
     bases = [_base(n) if isinstance(n, fx.Node) else None for n in (results if isinstance(results, (tuple, list)) else (results,))]
-    return [b is not None and b.op == "call_function" and bases.count(b) == 1 for b in bases]
+    return [b is not None and b.op == "call_function" and hasattr(b.target, "_schema") and bases.count(b) == 1 for b in bases]
 
 
 def _base(node: fx.Node) -> fx.Node:
@@ -92,7 +92,7 @@ def _base(node: fx.Node) -> fx.Node:
 
 def _views(target: object) -> bool:
     schema = getattr(target, "_schema", None)
-    return schema is None or any(r.alias_info is not None for r in schema.returns)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
 # ---- sums, and into .grad -------------------------------------------------------------------------------------------
