@@ -11,7 +11,7 @@ Out: per rank, everything that the executor does in a step, in order. `check` pr
 
 Sends are buffered and never block; a receive blocks until its message is there. Each (source, destination, direction) is one FIFO channel.
 Collectives over dp and tp need no action: ranks of such a group run the same stage's list, and issue them at the same places of it.
-(Gathers and reductions beside the loop too: when each is issued follows from the list and the stage's calls, `runtime.gradients.completed`.)
+(Gathers and reductions beside the loop too: when each is issued follows from the list and the calls, `runtime.gradients.completed`.)
 
 >>> lists = build("1f1b", stages=2, microbatches=2, edges=[(0, 1)])
 >>> print(to_text(lists))
