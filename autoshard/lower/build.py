@@ -111,12 +111,13 @@ class _Builder:
         )
         return _Rank(self, part, rank, coords, stage).build()
 
-    def module(self, routine: Routine, bucket: int = 0) -> Module:
-        """`bucket`: collectives of one kind become one, up to so many bytes."""
+    def module(self, routine: Routine, bucket: int | None = None) -> Module:
+        """`bucket`: it moves parameters, and collectives of one kind become one, up to so many bytes."""
         text = f"{routine.text}\n{bucket}"
         self.kernels.update(step.kernel for step in routine.steps)
         if text not in self.modules:
-            self.modules[text] = coalesced(differentiate(routine, key=f"m{len(self.modules)}"), bucket)
+            made = differentiate(routine, key=f"m{len(self.modules)}")
+            self.modules[text] = made if bucket is None else coalesced(made, bucket)
         return self.modules[text]
 
     def repeated(self, routine: Routine) -> Module:
@@ -276,7 +277,7 @@ class _Rank:
                 found[env] = tuple(b.param_of[n].path for n in names)
         return found
 
-    def _call(self, routine: Routine, bucket: int = 0) -> Call:
+    def _call(self, routine: Routine, bucket: int | None = None) -> Call:
         ports = [self._env(p.name) for p in routine.inputs]
         return Call(self.build_.module(routine, bucket), tuple(ports), tuple(self._env(p.name) for p in routine.outputs), routine.label)
 

@@ -8,6 +8,7 @@ buffer. What a collective is given has the same size on every rank of its group,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -23,14 +24,32 @@ aten = torch.ops.aten
 
 
 def coalesced(module: Module, limit: int) -> Module:
-    """Every graph of a module."""
-    if not limit:
-        return module
-    found = dataclasses.replace(module, forward=coalesce(module.forward, limit))
-    for name in ("backward_input", "backward_weight", "backward"):
+    """Every graph of a module that moves parameters, and its backward in place."""
+    found = dataclasses.replace(module)
+    for name in ("forward", "backward_input", "backward_weight", "backward") if limit else ():
         graph = getattr(module, name)
         setattr(found, name, None if graph is None else coalesce(graph, limit))
+    found.backward_in_place = None if found.backward is None else in_place(found.backward)
     return found
+
+
+def in_place(module: fx.GraphModule) -> fx.GraphModule | None:
+    """The graph with all-reduces of its inputs written back into them, so that the compiler makes no copy (a functional all-reduce is one,
+    and another gradient's memory). None if there are none."""
+    again = copy.deepcopy(module.graph)
+    found = False
+    for node in list(again.nodes):
+        source = node.args[0] if node.target is Op.all_reduce.default else None
+        if not isinstance(source, fx.Node) or source.op != "placeholder" or len(source.users) > 1:
+            continue
+        (wait,) = node.users
+        assert wait.target is Op.wait_tensor.default, f"{node} is used before it is there"
+        with again.inserting_after(wait):
+            back = again.call_function(aten.copy_.default, (source, wait))
+        back.meta = dict(wait.meta)
+        wait.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+        found = True
+    return fx.GraphModule(module, again) if found else None
 
 
 def coalesce(module: fx.GraphModule, limit: int) -> fx.GraphModule:

@@ -103,6 +103,7 @@ class Module:
     backward(saved…, gradients of `grad_outputs`…) -> (gradients of `grad_inputs`…, of `grad_params`…), where there are any of these
     accumulate(saved…, gradients of `grad_outputs`…, sums of `grad_params`…) -> gradients of `grad_inputs`…: `backward` for several
         microbatches; the sums change in place
+    backward_in_place is the same where gradients may be overwritten that are all-reduced as they come (None: there are none)
     All indices count `Call.inputs` / `Call.outputs`. The backward graphs are None where nothing in the block has a gradient.
     """
 
@@ -116,6 +117,7 @@ class Module:
     key: str = ""
     backward: fx.GraphModule | None = None
     accumulate: fx.GraphModule | None = None
+    backward_in_place: fx.GraphModule | None = None
 
 
 @dataclass

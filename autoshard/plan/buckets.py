@@ -66,9 +66,10 @@ class Prices(Protocol):
 
 
 def credit(
-    once: np.ndarray, graph: Graph, blocks: Sequence[Block], placed: Placements, prices: Prices, sizes: tuple[int, ...], limit: int
-) -> None:
-    """Take from the blocks' seconds outside the loop what travelling together saves: of each bucket's moves of one kind, the least time
+    gather: np.ndarray, reduce: np.ndarray, graph: Graph, blocks: Sequence[Block], placed: Placements, prices: Prices,
+    sizes: tuple[int, ...], limit: int,
+) -> None:  # fmt: skip
+    """Take from the blocks' seconds beside the loop what travelling together saves: of each bucket's moves of one kind, the least time
     that a collective takes, for all but one."""
     if not limit:
         return
@@ -81,7 +82,10 @@ def credit(
             v, stored = graph.values[name], placed.storage[name]
             kind = (tuple((a.kind, b.kind) for a, b in zip(stored, use, strict=True)), v.grad, v.tensor.dtype)
             if local_bytes(v.tensor, use, sizes) < limit:
-                once[i] -= prices.least(stored, use, v.grad) if kind in known else 0.0
+                if kind in known:
+                    there = prices.least(stored, use, False)
+                    gather[i] -= there
+                    reduce[i] -= prices.least(stored, use, v.grad) - there
                 known.add(kind)
 
 

@@ -295,7 +295,7 @@ class Candidates:
         """What blocks cost, their linears merged and their parameters' moves in buckets."""
         graph, size = space.split.graph, int(self.pins.get("buckets", buckets.BUCKET))
         costs = block_costs(space, blocks, placed, prices)
-        buckets.credit(costs.once, graph, blocks, placed, prices, space.sizes, size)
+        buckets.credit(costs.gather, costs.reduce, graph, blocks, placed, prices, space.sizes, size)
         merge.credit(costs.compute, graph, blocks, placed, prices, space.sizes, self.pins.get("merge"))
         return costs
 
@@ -345,7 +345,9 @@ class Candidates:
         for stage, t in enumerate(seconds):
             durations |= {(stage, "F"): t / 3, (stage, "B"): t * 2 / 3, (stage, "I"): t / 3, (stage, "W"): t / 3}
         played = simulate(lists, durations, edges)
-        once = [float(costs.once[a:b].sum()) for a, b in zip(cuts, ends, strict=True)]
+        beside = [costs.beside(a, b) for a, b in zip(cuts, ends, strict=True)]
+        lost = collective.contention(self.cluster, mesh.size("dp"), mesh.stride("dp"))
+        once = [float(costs.once[a:b].sum()) + waits + lost * hides for a, b, (waits, hides) in zip(cuts, ends, beside, strict=True)]
         step = float(played.step_seconds + max(once))
         memory = self._memory(inner, cuts, flights)
         stages = [
@@ -356,6 +358,7 @@ class Candidates:
                 "pipeline_seconds": float(sum(t for e, t in edges.items() if s in e)) * count,
                 "bubble_seconds": float(played.step_seconds - played.busy[s]),
                 "parameters_seconds": once[s],
+                "hidden_seconds": beside[s][1],
                 "in_flight": flights[s],
                 "memory": memory[s],
             }
@@ -370,6 +373,7 @@ class Candidates:
             "breakdown": {
                 "compute_and_tp_seconds": [s * count for s in seconds],
                 "parameters_and_gradients_seconds": max(once),
+                "hidden_communication_seconds": max(hides for _, hides in beside),
                 "bubble_fraction": float(played.bubble),
             },
             "stages": stages,

@@ -24,12 +24,15 @@ from .stages import Costs
 
 @dataclass
 class BlockCosts:
-    """Per block. Seconds of a microbatch: `compute`, `communication`; once a step: `once`. Bytes: `params` (stored and as used), `grads`,
-    `optimizer`; `saved` per microbatch in flight; `working`, what lives only while the block runs."""
+    """Per block. Seconds of a microbatch: `compute`, `communication`; once a step: `once`, the optimizer's, and what runs beside the loop:
+    `gather` (parameters before their first use) and `reduce` (their gradients after the last). Bytes: `params` (stored and as used),
+    `grads`, `optimizer`; `saved` per microbatch in flight; `working`, what lives only while the block runs."""
 
     compute: np.ndarray
     communication: np.ndarray
     once: np.ndarray
+    gather: np.ndarray
+    reduce: np.ndarray
     params: np.ndarray
     grads: np.ndarray
     optimizer: np.ndarray
@@ -49,6 +52,23 @@ class BlockCosts:
     @property
     def seconds(self) -> np.ndarray:
         return self.compute + self.communication
+
+    def beside(self, a: int, b: int) -> tuple[float, float]:
+        """Of what runs beside the loop in the stage of blocks [a, b): the seconds that the loop waits for, and those that it hides. Gathers
+        hide behind the first microbatch's forward, each done before its block begins; reductions behind the last one's backward, each begun
+        when its block is done. (A bucket of several blocks is taken for as many.)"""
+        forward, moves = self.seconds[a:b] / 3, self.gather[a:b].sum() + self.reduce[a:b].sum()
+        loop = lane = 0.0
+        for gather, seconds in zip(self.gather[a:b], forward, strict=True):
+            lane += gather
+            loop = max(loop, lane) + seconds
+        waits = loop - forward.sum()
+        loop = lane = 0.0
+        for reduce, seconds in zip(self.reduce[a:b][::-1], 2 * forward[::-1], strict=True):
+            loop += seconds
+            lane = max(loop, lane) + reduce
+        waits = float(max(waits, 0.0) + max(lane - loop, 0.0))
+        return waits, max(float(moves - waits), 0.0)
 
     def for_stages(self) -> Costs:
         fixed = self.params + self.grads + self.optimizer
@@ -93,7 +113,9 @@ def block_costs(space: Space, blocks: Sequence[Block], placed: Placements, price
                 storage = placed.storage[operand]
                 if (operand, want) not in moved:
                     moved.add((operand, want))
-                    costs.once[i] += prices.move(v.tensor, storage, want, space.sizes, v.grad)
+                    there = prices.move(v.tensor, storage, want, space.sizes, False)
+                    costs.gather[i] += there
+                    costs.reduce[i] += prices.move(v.tensor, storage, want, space.sizes, True) - there if v.grad else 0.0
                 if operand not in charged:
                     charged.add(operand)
                     costs.once[i] += float(prices.stored(v.tensor, [storage], space.sizes, v.grad)[0])

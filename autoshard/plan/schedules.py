@@ -3,13 +3,15 @@
 In: how many stages and microbatches, and which stage hands values to which (`edges`; values may skip stages).
 Out: per rank, everything that the executor does in a step, in order. `check` proves that no rank waits for ever.
 
-    P  materialise parameters for use          F1.0  forward of stage 1, microbatch 0     SF0>1.3  send values 0 → 1
+    P  begin to gather parameters for use      F1.0  forward of stage 1, microbatch 0     SF0>1.3  send values 0 → 1
     D  run the data prologue                   B1.0  backward, inputs and weights         RF0>1.3  receive them
-    G  reduce gradients into storage layout    I1.0  backward of the inputs only          SB1>0.3  send gradients 1 → 0
+    G  gradients are reduced, and in place     I1.0  backward of the inputs only          SB1>0.3  send gradients 1 → 0
     L  share the loss                          W1.0  backward of the weights only         RB1>0.3  receive them
     U  commit buffer updates
 
 Sends are buffered and never block; a receive blocks until its message is there. Each (source, destination, direction) is one FIFO channel.
+Collectives over dp and tp need no action: ranks of such a group run the same stage's list, and issue them at the same places of it.
+(Gathers and reductions beside the loop too: when each is issued follows from the list and the calls, `runtime.gradients.completed`.)
 
 >>> lists = build("1f1b", stages=2, microbatches=2, edges=[(0, 1)])
 >>> print(to_text(lists))

@@ -6,12 +6,15 @@ them through torch.distributed. How a module itself runs is the player's too (`R
 
 A step keeps an environment of tensors by name for the step, and one for each microbatch in flight; a value of a microbatch is
 dropped after its last use. Gradients of values live in a second environment per microbatch, and are summed over consumers;
-gradients of parameters as used are summed over consumers and microbatches, and go through `gathers` backwards once, at G.
+gradients of parameters as used are summed over consumers and microbatches, and go through `gathers` backwards once.
+
+What moves parameters runs in a lane beside the loop (`lane.py`): each gather is issued a little before the first block that needs it, and
+its backward, the reduction of a bucket's gradients, as soon as the last part of these is there (`gradients.completed`). G waits for all.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +27,9 @@ from ..layout import Type, dim_positions
 from ..lower.program import Call, Program, RankProgram
 from ..plan.schedules import Action
 from ..trace import graph
+from .gradients import add, completed, place, sum_dtype, unshared, wide
 from .inputs import Reader, StepInputs, torch_dtype
+from .lane import Lane
 from .requests import Meet, Receive, Request, Send
 
 Results = tuple[Any, ...]
@@ -32,6 +37,10 @@ Named = list[tuple[str, Tensor]]
 Run = Callable[[fx.GraphModule, Sequence[Tensor]], Generator[Request, Any, Results]]
 """How a player runs one graph of a module."""
 
+AHEAD = 2
+"""Gathers that are issued before the block that needs the first of them; the host gets to the loop the sooner the fewer these are."""
+BEHIND = 2
+"""Reductions under way whose gradients, as accumulated, are still held."""
 FORWARD_ONLY = ("P", "D", "F", "SF", "RF", "L")
 
 
@@ -66,13 +75,17 @@ class State:
 class Executor:
     """One rank's program, with what can be worked out before the first step."""
 
-    def __init__(self, program: Program, rank: RankProgram, device: torch.device, run: Run, constants: Mapping[str, Tensor]) -> None:
-        self.program, self.rank, self.run, self.device = program, rank, run, device
+    def __init__(
+        self, program: Program, rank: RankProgram, device: torch.device, run: Run, constants: Mapping[str, Tensor], lane: Lane | None = None
+    ) -> None:
+        self.program, self.rank, self.run, self.device, self.lane = program, rank, run, device, lane or Lane()
         self.constants = {name: constants[name] for name in rank.constants}
         self.reader = Reader(program, rank, device)
         self.calls = [call for call in (rank.data, *rank.blocks) if call is not None]
-        gathered = (name for call in rank.gathers for name in call.outputs)
-        self.used = frozenset(gathered) | {f"param:{path}" for path in rank.params} | set(rank.joined)
+        self.maker = {name: g for g, call in enumerate(rank.gathers) for name in call.outputs}
+        self.completed = completed(rank.instructions, self.calls, self.maker)
+        self.unshared = unshared(self.calls, self.maker)
+        self.used = frozenset(self.maker) | {f"param:{path}" for path in rank.params} | set(rank.joined)
         self.sent = frozenset(n for (source, _), names in rank.edges.items() if source == rank.stage for n in names)
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self.drops = self.last_uses()
@@ -121,6 +134,14 @@ class Step:
     owned: set[str] = field(default_factory=set)
     saved: dict[tuple[int, int], Results] = field(default_factory=dict)
     """(microbatch, call) → what its backward needs; the gathers' are at (-1, i)."""
+    issued: int = 0
+    """Gathers that are issued, or done."""
+    gathered: dict[int, Any] = field(default_factory=dict)
+    """Gathers that the loop hasn't waited for → their tickets."""
+    reduced: dict[int, Named] = field(default_factory=dict)
+    """Gather → the gradients that its backward made."""
+    reducing: deque[tuple[Any, Results]] = field(default_factory=deque)
+    """Reductions that the loop hasn't waited for: ticket, and what they read."""
     loss: Tensor | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     """What the step hands out besides the loss: whole tensors at the end, parts by microbatch until then."""
@@ -137,6 +158,7 @@ class Step:
         for action in actions:
             self.at = str(action)
             yield from getattr(self, action.kind)(action)
+        self.land()
         self.at = "the end of its step"
         assert not self.saved and self.loss is not None, f"rank {rank.rank}: microbatches without a backward: {sorted(self.saved)}"
         return self.loss
@@ -144,11 +166,12 @@ class Step:
     # ---- before the loop --------------------------------------------------------------------------------------------
 
     def P(self, action: Action) -> Generator[Request, Any, None]:
-        for i, call in enumerate(self.x.rank.gathers):
-            yield from self.forward(call, self.env, (-1, i))
+        self.x.lane.follow()  # the optimizer has written what is gathered
+        yield from self.gather(AHEAD)
 
     def D(self, action: Action) -> Generator[Request, Any, None]:
         if self.x.rank.once:
+            yield from self.ready(self.x.rank.once)
             yield from self.forward(self.x.rank.once, self.env, None)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -158,6 +181,7 @@ class Step:
         env = self.envs.setdefault(mb, {})
         env.update(self.x.reader.read(self.inputs, mb))
         for i, call in enumerate(self.x.calls):
+            yield from self.ready(call)
             yield from self.forward(call, env, (mb, i))
             for name in self.x.drops[i]:
                 env.pop(name, None)
@@ -173,15 +197,16 @@ class Step:
             del self.envs[mb]
 
     def I(self, action: Action) -> Generator[Request, Any, None]:  # noqa: E743
-        yield from self.backward(action.mb, weights=False)
+        yield from self.backward(action, weights=False)
 
     def W(self, action: Action) -> Generator[Request, Any, None]:
         for i in reversed(range(len(self.x.calls))):
             if (action.mb, i) in self.saved:
                 yield from self.weights(self.x.calls[i], self.saved.pop((action.mb, i)))
+                yield from self.complete(action, i)
 
     def B(self, action: Action) -> Generator[Request, Any, None]:
-        yield from self.backward(action.mb, weights=True)
+        yield from self.backward(action, weights=True)
 
     def SF(self, action: Action) -> Generator[Request, Any, None]:
         env = self.envs[action.mb]
@@ -210,16 +235,17 @@ class Step:
 
     def G(self, action: Action) -> Generator[Request, Any, None]:
         stored: dict[str, Tensor] = {}
-        for i, call in reversed(list(enumerate(self.x.rank.gathers))):  # gradients are complete in this order
+        for i in reversed(range(len(self.x.rank.gathers))):  # what no backward has completed
             if (-1, i) in self.saved:
-                _, grads = yield from self.whole_backward(call, self.saved.pop((-1, i)), self.totals)
-                for name, grad in grads:
-                    _sum(stored, name, grad)
-                del grads
+                yield from self.reduce(i)
+        self.land()
+        for i in sorted(self.reduced, reverse=True):  # sums have one order, whichever bucket was complete first
+            for name, grad in self.reduced.pop(i):
+                add(stored, name, grad)
         for name in [*self.x.rank.joined, *(f"param:{path}" for path in self.state.params)]:
             direct = self.totals.pop(name, None)
             if direct is not None:
-                _sum(stored, name, direct)
+                add(stored, name, direct)
         for name, paths in self.x.rank.joined.items():
             whole = stored.pop(name, None)
             if whole is not None:
@@ -232,13 +258,13 @@ class Step:
                 total = yield from self.tied(path, torch.zeros_like(param) if total is None else total)
             if total is not None and param.requires_grad:
                 placed.append((param, total))
-        _place(placed)
+        place(placed)
 
     def tied(self, path: str, grad: Tensor) -> Generator[Request, Any, Tensor]:
         """The sum over the ranks that store the same shard."""
         ranks = tuple(sorted({self.x.rank.rank, *self.x.rank.tied[path]}))
         if len(ranks) > 1:
-            grad = yield Meet("all_reduce", ranks, _wide(grad).contiguous(), ("sum",), f"tied {path}")
+            grad = yield Meet("all_reduce", ranks, wide(grad).contiguous(), ("sum",), f"tied {path}")
         return grad
 
     def L(self, action: Action) -> Generator[Request, Any, None]:
@@ -281,6 +307,53 @@ class Step:
             if new is not buffer:
                 buffer.copy_(new)
 
+    # ---- beside the loop --------------------------------------------------------------------------------------------
+
+    def gather(self, upto: int) -> Generator[Request, Any, None]:
+        """Issue gathers, in order."""
+        lane, gathers = self.x.lane, self.x.rank.gathers
+        while self.issued < min(upto, len(gathers)):
+            i, self.issued = self.issued, self.issued + 1
+            with lane.inside():
+                yield from self.forward(gathers[i], self.env, (-1, i))
+            self.gathered[i] = lane.mark()
+
+    def ready(self, call: Call) -> Generator[Request, Any, None]:
+        """Before a call: the parameters that it uses are there, and the next ones on their way."""
+        last = max((self.x.maker[name] for name in call.inputs if name in self.x.maker), default=-1)
+        if last < 0:
+            return
+        yield from self.gather(last + AHEAD)
+        for i in [i for i in self.gathered if i <= last]:
+            self.x.lane.wait(self.gathered.pop(i))
+
+    def complete(self, action: Action, i: int) -> Generator[Request, Any, None]:
+        """After a call has run backward: reduce what is complete now."""
+        for gather in self.x.completed.get((action, i), ()):
+            yield from self.reduce(gather)
+
+    def reduce(self, i: int) -> Generator[Request, Any, None]:
+        """The backward of a gather, on the gradients accumulated. The loop takes back what an older one has read."""
+        call, lane = self.x.rank.gathers[i], self.x.lane
+        saved, names = self.saved.pop((-1, i)), [call.outputs[k] for k in call.module.grad_outputs]
+        held = (*saved, *(self.totals[name] for name in names if name in self.totals))
+        own = all(name in self.owned or name in self.x.unshared for name in names if name in self.totals)
+        at, self.at = self.at, f"{self.at}, reducing bucket {i}"
+        lane.follow()
+        with lane.inside():
+            _, self.reduced[i] = yield from self.whole_backward(call, saved, self.totals, own)
+        self.reducing.append((lane.mark(), held))
+        self.at = at
+        while len(self.reducing) > BEHIND:
+            lane.wait(self.reducing.popleft()[0])
+
+    def land(self) -> None:
+        """The loop waits for all that runs beside it."""
+        for ticket in (*self.gathered.values(), *(ticket for ticket, _ in self.reducing)):
+            self.x.lane.wait(ticket)
+        self.gathered.clear()
+        self.reducing.clear()
+
     # ---- modules ----------------------------------------------------------------------------------------------------
 
     def value(self, env: dict[str, Tensor], name: str) -> Tensor:
@@ -296,8 +369,9 @@ class Step:
             for k in module.grad_outputs:
                 self.x.shapes[call.outputs[k]] = results[k].shape, results[k].dtype
 
-    def backward(self, mb: int, weights: bool) -> Generator[Request, Any, None]:
+    def backward(self, action: Action, weights: bool) -> Generator[Request, Any, None]:
         """All calls in reverse. Without `weights`, what the weights' gradients need stays in `saved`, for W."""
+        mb = action.mb
         grads = self.grads.setdefault(mb, {})
         if self.x.makes_loss:
             shape, dtype = self.x.shapes[self.x.rank.loss]
@@ -321,13 +395,18 @@ class Step:
             for name, grad in of_params:
                 self.total(name, grad)
             del of_inputs, of_params
+            yield from self.complete(action, i)
 
-    def whole_backward(self, call: Call, saved: Results, grads: dict[str, Tensor]) -> Generator[Request, Any, tuple[Named, Named]]:
-        """(name, gradient) of the inputs that have one, and of the parameters."""
-        results, rest = yield from self.inputs_backward(call, saved, grads, call.module.backward)
-        if call.module.backward is None:
-            rest = (yield from self.x.run(call.module.backward_weight, rest)) if call.module.backward_weight is not None else ()
-        return results, [(call.inputs[k], grad) for k, grad in zip(call.module.grad_params, rest, strict=True)]
+    def whole_backward(
+        self, call: Call, saved: Results, grads: dict[str, Tensor], own: bool = False
+    ) -> Generator[Request, Any, tuple[Named, Named]]:
+        """(name, gradient) of the inputs that have one, and of the parameters. `own`: the gradients given may be overwritten."""
+        module = call.module
+        whole = (module.backward_in_place if own else None) or module.backward
+        results, rest = yield from self.inputs_backward(call, saved, grads, whole)
+        if whole is None:
+            rest = (yield from self.x.run(module.backward_weight, rest)) if module.backward_weight is not None else ()
+        return results, [(call.inputs[k], grad) for k, grad in zip(module.grad_params, rest, strict=True)]
 
     def inputs_backward(
         self, call: Call, saved: Results, grads: dict[str, Tensor], graph: fx.GraphModule | None = None, sums: Sequence[Tensor] = ()
@@ -356,16 +435,16 @@ class Step:
         if name in self.x.used:
             self.total(name, grad)
         else:
-            _sum(grads, name, grad)
+            add(grads, name, grad)
 
     def total(self, name: str, grad: Tensor | None) -> None:
         """Accumulate the gradient of a parameter as used; the second one makes a tensor of our own, which the others go into."""
         if grad is None or name not in self.totals:
-            _sum(self.totals, name, grad)
+            add(self.totals, name, grad)
         elif name in self.owned:
             self.totals[name].add_(grad)
         else:
-            self.totals[name] = _wide(self.totals[name]) + grad
+            self.totals[name] = wide(self.totals[name]) + grad
             self.owned.add(name)
 
     def sums(self, call: Call) -> list[Tensor] | None:
@@ -376,7 +455,7 @@ class Step:
         for name in names:
             if name not in self.owned:
                 so_far, like = self.totals.get(name), self.env[name]
-                fresh = torch.zeros_like(like, dtype=_sum_dtype(like.dtype), memory_format=torch.contiguous_format)
+                fresh = torch.zeros_like(like, dtype=sum_dtype(like.dtype), memory_format=torch.contiguous_format)
                 self.totals[name] = fresh if so_far is None else fresh.add_(so_far)
                 self.owned.add(name)
         return [self.totals[name] for name in names]
@@ -396,44 +475,3 @@ class Step:
 def _makes_loss(rank: RankProgram) -> bool:
     calls = [call for call in (rank.once, rank.data, *rank.blocks) if call is not None]
     return any(rank.loss in call.outputs for call in calls)
-
-
-def _sum(into: dict[str, Tensor], name: str, grad: Tensor | None) -> None:
-    # never in place: a gradient may be a view of something else, or stand for two values at once
-    if grad is not None:
-        into[name] = into[name] + grad if name in into else grad
-
-
-def _wide(grad: Tensor) -> Tensor:
-    return grad.to(_sum_dtype(grad.dtype))
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def _place(placed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Into `.grad`, as autograd does it: added to what is there, else as a dense tensor that shares no element with anything else.
-    Gradients that fill a buffer together, without overlap, are left there."""
-    fresh: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-    for param, grad in placed:
-        grad = grad.to(param.dtype)
-        assert grad.shape == param.shape, f"gradient of shape {tuple(grad.shape)} for a shard of {tuple(param.shape)}"
-        if param.grad is not None:
-            param.grad.add_(grad)
-        else:
-            fresh.setdefault(grad.untyped_storage().data_ptr(), []).append((param, grad))
-    for sharing in fresh.values():
-        own = _tiled([grad for _, grad in sharing])
-        for param, grad in sharing:
-            param.grad = grad if own else grad.clone(memory_format=torch.contiguous_format)
-
-
-def _tiled(views: Sequence[Tensor]) -> bool:
-    """Whether contiguous views of one storage lie end to end in all of it."""
-    at = 0
-    for view in sorted(views, key=lambda v: v.storage_offset()):
-        if not view.is_contiguous() or view.storage_offset() * view.element_size() != at:
-            return False
-        at += view.numel() * view.element_size()
-    return at == views[0].untyped_storage().nbytes()

@@ -22,6 +22,7 @@ from .deferred import agree
 from .executor import Step
 from .generate import generate
 from .inputs import torch_dtype
+from .lane import Lane, Stream
 from .requests import Request
 from .trainable import Loaded, Trainable, Wanted, Weights
 
@@ -67,6 +68,7 @@ class Sharded(Trainable):
         self.bound: dict[fx.GraphModule, Callable[..., Any]] = {}
         self.known: dict[Key, Loaded] = {}
         self.groups: dict[str, str] = {}
+        self.lane: Lane = Stream(self.comm.device) if self.comm.device.type == "cuda" and not self.comm.alone else Lane()
         self.source, self.weights = source, weights
         if program is not None:
             self.begin(program, captured)
@@ -173,6 +175,9 @@ class Sharded(Trainable):
         results = call(*args)
         return tuple(results) if isinstance(results, (tuple, list)) else (results,)
         yield
+
+    def _lane(self) -> Lane:
+        return self.lane
 
     def _play(self, steps: list[Step]) -> list[Tensor]:
         (step,) = steps

@@ -24,6 +24,7 @@ from .deferred import is_deferred, materialise, promised
 from .executor import Executor, State, Step
 from .fused import Gradients
 from .inputs import StepInputs, draw_masks, torch_dtype
+from .lane import Lane
 from .limits import Limits
 from .optimizer import ShardedOptimizer
 from .requests import Request
@@ -181,10 +182,14 @@ class Trainable(ABC):
             for paths in program.ranks[state.rank].joined.values():
                 state.join(paths)
         constants = {name: t.to(self.device) for name, t in program.constants.items()}
-        executors = [Executor(program, program.ranks[s.rank], self.device, self._run, constants) for s in self.states]
+        executors = [Executor(program, program.ranks[s.rank], self.device, self._run, constants, self._lane()) for s in self.states]
         return Loaded(program, captured or program.captured, executors)
 
     # ---- what a player provides -------------------------------------------------------------------------------------
+
+    def _lane(self) -> Lane:
+        """Where calls run beside the loop."""
+        return Lane()
 
     @abstractmethod
     def _run(self, graph: fx.GraphModule, args: Sequence[Tensor]) -> Generator[Request, Any, tuple[Any, ...]]:

@@ -106,7 +106,8 @@ class Rendezvous:
 
 
 class Eager:
-    """What `differentiate` makes, without tracing. What a graph would say beforehand is known after the first run."""
+    """What `differentiate` makes, without tracing. What a graph would say beforehand is known after the first run; so gradients are reduced
+    at G, and not before."""
 
     def __init__(self, routine: Routine, key: str = "") -> None:
         self.routine, self.key, self.outputs = routine, key, len(routine.outputs)
@@ -116,6 +117,7 @@ class Eager:
         self.grad_inputs: tuple[int, ...] = ()
         self.grad_params: tuple[int, ...] = ()
         self.forward, self.backward_input, self.backward_weight, self.backward = self._forward, None, None, None
+        self.backward_in_place = None
 
     def _forward(self, *tensors: Tensor) -> tuple[Any, ...]:
         wanted = set(self.wanted)
