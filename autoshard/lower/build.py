@@ -22,6 +22,7 @@ from ..trace.capture import Captured
 from . import kernels
 from .coalesce import coalesced
 from .differentiate import differentiate
+from .early import early
 from .fuse import joined
 from .partition import Gathered, Partitioner
 from .program import Call, InputSlice, Module, Program, RankProgram, Slot
@@ -115,7 +116,7 @@ class _Builder:
         text = f"{routine.text}\n{bucket}"
         self.kernels.update(step.kernel for step in routine.steps)
         if text not in self.modules:
-            self.modules[text] = coalesced(differentiate(routine, key=f"m{len(self.modules)}"), bucket)
+            self.modules[text] = early(coalesced(differentiate(routine, key=f"m{len(self.modules)}"), bucket))
         return self.modules[text]
 
     def stage_blocks(self, stage: int) -> list[Block]:

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ..errors import BatchError, CaptureError
+from ..lower.early import INDUCTOR, communicates
 from ..lower.program import Program, Slot, bind
 from .comm import Comm
 from .deferred import agree
@@ -169,7 +170,8 @@ class Sharded(Trainable):
         if call is None:
             call = bind(graph, self.groups, self.comm.device).forward
             # the method, not the module: its code object is its own, so that graphs don't share dynamo's cache
-            self.bound[graph] = call = torch.compile(call, fullgraph=True, dynamic=False) if self.compile else call
+            options = INDUCTOR if communicates(graph.graph) else None
+            self.bound[graph] = call = torch.compile(call, fullgraph=True, dynamic=False, options=options) if self.compile else call
         results = call(*args)
         return tuple(results) if isinstance(results, (tuple, list)) else (results,)
         yield
