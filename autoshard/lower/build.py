@@ -116,7 +116,8 @@ class _Builder:
         text = f"{routine.text}\n{bucket}"
         self.kernels.update(step.kernel for step in routine.steps)
         if text not in self.modules:
-            self.modules[text] = early(coalesced(differentiate(routine, key=f"m{len(self.modules)}"), bucket))
+            module = coalesced(differentiate(routine, key=f"m{len(self.modules)}"), bucket)
+            self.modules[text] = early(module) if self.plan.overlap else module
         return self.modules[text]
 
     def stage_blocks(self, stage: int) -> list[Block]:

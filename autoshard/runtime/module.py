@@ -168,9 +168,10 @@ class Sharded(Trainable):
     def _run(self, graph: fx.GraphModule, args: Sequence[Tensor]) -> Generator[Request, Any, tuple[Any, ...]]:
         call = self.bound.get(graph)
         if call is None:
-            call = bind(graph, self.groups, self.comm.device).forward
+            overlap = self.program.plan.overlap and self.comm.device.type == "cuda"
+            call = bind(graph, self.groups, self.comm.device, overlap).forward
             # the method, not the module: its code object is its own, so that graphs don't share dynamo's cache
-            options = INDUCTOR if communicates(graph.graph) else None
+            options = INDUCTOR if overlap and communicates(graph.graph) else None
             self.bound[graph] = call = torch.compile(call, fullgraph=True, dynamic=False, options=options) if self.compile else call
         results = call(*args)
         return tuple(results) if isinstance(results, (tuple, list)) else (results,)
