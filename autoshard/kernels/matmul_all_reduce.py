@@ -10,16 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PIECES = 4
-LEAST = 1024
-"""Rows of a piece: fewer leave a GPU's last wave of tiles half empty, and a collective at its latency."""
-
-
-def pieces(rows: int) -> int:
-    """In how many pieces this many rows go; 1 is not worth it."""
-    return max(1, min(PIECES, rows // LEAST))
-
-
 @torch.library.custom_op("autoshard::matmul_all_reduce", mutates_args=())
 def matmul_all_reduce(x: Tensor, w: Tensor, count: int, group: str) -> Tensor:
     members = dist.distributed_c10d._resolve_process_group(group)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..kernels.matmul_all_reduce import matmul_all_reduce, pieces
+from ..kernels.matmul_all_reduce import matmul_all_reduce
+from ..plan.costs.collective import pieces
 from .early import WAIT, is_collective
 
 aten = torch.ops.aten
