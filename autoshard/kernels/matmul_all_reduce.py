@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined,unused-ignore]
+
 
 @torch.library.custom_op("autoshard::matmul_all_reduce", mutates_args=())
 def matmul_all_reduce(x: Tensor, w: Tensor, count: int, group: str) -> Tensor:
-    members = dist.distributed_c10d._resolve_process_group(group)
+    members = _resolve_process_group(group)  # type: ignore[arg-type,unused-ignore]
     out = x.new_empty(x.shape[0], w.shape[1])
     works = []
     for part, result in zip(x.tensor_split(count), out.tensor_split(count), strict=True):

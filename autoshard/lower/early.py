@@ -1,9 +1,9 @@
 """Start collectives early and wait for them late.
 
-In: a graph with collectives and their waits. Out: the same nodes in another order. A collective runs beside the ops between it and its wait,
-on a stream of its own: so what leads to a collective goes first (the gradient of a block's input before those of its weights), then
-whatever waits for nothing, and a wait comes when there is nothing else to do. Collectives keep their order, so all ranks of a group
-still meet in one; ops that draw on a random stream keep theirs.
+In: a graph with collectives and their waits. Out: the same nodes in another order. A collective runs beside the ops between it and its
+wait, on a stream of its own: so what leads to a collective goes first (the gradient of a block's input before those of its weights),
+then whatever waits for nothing, and a wait comes when there is nothing else to do. Collectives keep their order, so all ranks of a
+group still meet in one; ops that draw on a random stream keep theirs.
 
 Nothing is computed twice or kept that wasn't, but inputs of what is put off live longer: at most until the end of a block.
 """
@@ -11,6 +11,7 @@ Nothing is computed twice or kept that wasn't, but inputs of what is put off liv
 from __future__ import annotations
 
 import heapq
+import itertools
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def reorder(module: fx.GraphModule) -> None:
     place = {node: i for i, node in enumerate(nodes)}
     before = {node: set(node.all_input_nodes) for node in nodes}
     for kept in ([n for n in nodes if is_collective(n)], [n for n in nodes if _in_order(n)]):
-        for first, second in zip(kept, kept[1:], strict=False):
+        for first, second in itertools.pairwise(kept):
             before[second].add(first)
     after: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
     for node, sources in before.items():
@@ -88,4 +89,6 @@ def _scores(nodes: list[fx.Node], before: dict[fx.Node, set[fx.Node]]) -> dict[f
     for node in reversed(nodes):
         for source in before[node]:
             leads[source] = min(leads[source], leads[node])
-    return {n: (-1, 0) if n.op == "placeholder" else (len(nodes) + 1, 0) if n.op == "output" else (leads[n], n.target is WAIT) for n in nodes}
+    return {
+        n: (-1, 0) if n.op == "placeholder" else (len(nodes) + 1, 0) if n.op == "output" else (leads[n], n.target is WAIT) for n in nodes
+    }

@@ -75,6 +75,8 @@ class Sharded(Trainable):
     def begin(self, program: Program, captured: Captured | None) -> None:
         """Take the weights (rank 0's, so that all ranks start alike) and keep this rank's shards."""
         self.groups = self.comm.prepare(program)
+        if self.groups and self.comm.device.type == "cuda":
+            log.info("collectives %s", "run beside matmuls" if program.plan.overlap else "are waited for at once (overlap: false)")
         self._agree_on_weights()
         super().__init__(program, self.weights, captured, ranks=[self.comm.rank], device=self.comm.device)
         self.weights = {}

@@ -48,7 +48,9 @@ def descendants(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-@pytest.mark.parametrize(("mesh", "seed"), [({"tp": 2}, 1), pytest.param({"dp": 2, "tp": 2}, 2, marks=pytest.mark.slow), ({"dp": 2}, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "seed"), [({"tp": 2}, 1), pytest.param({"dp": 2, "tp": 2}, 2, marks=pytest.mark.slow), ({"dp": 2}, 3)], ids=str
+)
 def test_nothing_that_could_run_meanwhile_waits(mesh: dict[str, int], seed: int) -> None:
     captured = checkpoints.subject(torch.float64)[2]
     plan = random_plan(captured.graph, mesh=mesh, microbatches=1, seed=seed)
@@ -105,7 +107,9 @@ def compiled(options: dict[str, Any] | None) -> str:
     with torch.no_grad(), torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
         run = torch.compile(lambda *a: block(*a, name), fullgraph=True, dynamic=False, options=options)
         _, (code,) = run_and_get_code(run, *arguments())
-    found = re.findall(r"extern_kernels\.(mm)|_c10d_functional\.(all_reduce)_\.|_c10d_functional\.(wait)_tensor\.", code[code.index("def call(") :])
+    found = re.findall(
+        r"extern_kernels\.(mm)|_c10d_functional\.(all_reduce)_\.|_c10d_functional\.(wait)_tensor\.", code[code.index("def call(") :]
+    )
     return " ".join(re.sub(r"(wait )+", "wait ", " ".join(a or b or c for a, b, c in found) + " ").split())
 
 
