@@ -167,6 +167,7 @@ class View:
             "merged": [{"weights": names.split(", "), "count": count} for names, count in self.merged.items()],
             "buckets": list(plan.buckets),
             "bucket_bytes": plan.bucket_bytes,
+            "overlap": plan.overlap,
             "notes": plan.notes,
             "runners_up": [{**r, "why": why_lost(plan, r)} for r in plan.runners_up],
             "blocks": [
@@ -243,6 +244,7 @@ def _summary(view: View) -> RenderableType:
     if plan.mesh.size("dp") * plan.mesh.size("tp") > 1:
         size = f"up to {bytes_text(plan.bucket_bytes)} together" if plan.bucket_bytes else "each parameter alone"
         table.add_row("parameters travel", f"in {len(plan.buckets)} bucket{'s' if len(plan.buckets) > 1 else ''}, {size}")
+        table.add_row("collectives", "beside matmuls" if plan.overlap else "waited for at once")
     return table
 
 

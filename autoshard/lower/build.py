@@ -23,6 +23,7 @@ from . import kernels
 from .accumulate import accumulating
 from .coalesce import coalesced
 from .differentiate import differentiate
+from .early import early
 from .fuse import joined
 from .partition import Gathered, Partitioner
 from .program import Call, InputSlice, Module, Program, RankProgram, Slot
@@ -117,7 +118,8 @@ class _Builder:
         self.kernels.update(step.kernel for step in routine.steps)
         if text not in self.modules:
             made = differentiate(routine, key=f"m{len(self.modules)}")
-            self.modules[text] = made if bucket is None else coalesced(made, bucket)
+            made = made if bucket is None else coalesced(made, bucket)
+            self.modules[text] = early(made) if self.plan.overlap else made
         return self.modules[text]
 
     def repeated(self, routine: Routine) -> Module:

@@ -46,8 +46,8 @@ def all_gather(x: torch.Tensor, dim: int, local: Local, spot: Spot) -> torch.Ten
     wire = _pad(x, dim, most).contiguous()
     shape = list(wire.shape)
     out = Op.wait_tensor(Op.all_gather_into_tensor(wire, spot.parts, spot.axis))
-    if len(local) == 1 and len(set(held)) == 1 and (dim == 0 and local[0][0] == 1):
-        return out
+    if _in_order(shape, dim, local):
+        return out.reshape(*shape[:dim], most * spot.parts, *shape[dim + 1 :]) if dim else out
     pieces = out.reshape(spot.parts, *shape).unbind(0)
     return merge([p.narrow(dim, 0, n) if n < most else p for p, n in zip(pieces, held, strict=True)], dim, local)
 
@@ -55,12 +55,19 @@ def all_gather(x: torch.Tensor, dim: int, local: Local, spot: Spot) -> torch.Ten
 def reduce_scatter(x: torch.Tensor, dim: int, local: Local, spot: Spot) -> torch.Tensor:
     held = lengths(local)
     most = max(held)
-    if len(local) == 1 and len(set(held)) == 1 and dim == 0 and local[0][0] == 1:
-        return Op.wait_tensor(Op.reduce_scatter_tensor(x.contiguous(), "sum", spot.parts, spot.axis))
+    if _in_order(list(x.shape), dim, local):
+        wire = x.contiguous()
+        out = Op.wait_tensor(Op.reduce_scatter_tensor(wire.flatten(0, dim) if dim else wire, "sum", spot.parts, spot.axis))
+        return out.reshape(*x.shape[:dim], most, *x.shape[dim + 1 :]) if dim else out
     pieces = [_pad(p, dim, most) for p in divide(x, dim, local)]
     wire = torch.stack(pieces)
     out = Op.wait_tensor(Op.reduce_scatter_tensor(wire.flatten(0, 1), "sum", spot.parts, spot.axis))
     return out.narrow(dim, 0, held[spot.coord]) if held[spot.coord] < most else out
+
+
+def _in_order(shape: list[int], dim: int, local: Local) -> bool:
+    """Whether the ranks' parts of a dim lie one after another in memory, as they come from the wire."""
+    return len(local) == 1 and local[0][0] == 1 and len(set(lengths(local))) == 1 and all(n == 1 for n in shape[:dim])
 
 
 def all_to_all(x: torch.Tensor, here: int, there: int, source: Local, target: Local, spot: Spot) -> torch.Tensor:

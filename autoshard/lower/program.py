@@ -248,8 +248,9 @@ class Program:
         return source(self, rank)
 
 
-def bind(module: fx.GraphModule, groups: Mapping[str, str], device: torch.device) -> fx.GraphModule:
-    """A copy of a module with axis names replaced by process groups' names; its factory calls and constants on `device`."""
+def bind(module: fx.GraphModule, groups: Mapping[str, str], device: torch.device, overlap: bool = False) -> fx.GraphModule:
+    """A copy of a module with axis names replaced by process groups' names; its factory calls and constants on `device`. With `overlap`,
+    matmuls run beside the reduction of their result (`beside`)."""
     bound = copy.deepcopy(module).to(device)
     for node in bound.graph.nodes:
         if node.op != "call_function":
@@ -258,5 +259,9 @@ def bind(module: fx.GraphModule, groups: Mapping[str, str], device: torch.device
             node.args = tuple(groups.get(a, a) if isinstance(a, str) else a for a in node.args)
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
+    if overlap:
+        from .beside import beside
+
+        beside(bound.graph)
     bound.recompile()
     return bound

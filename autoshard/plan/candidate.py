@@ -222,18 +222,19 @@ class Candidates:
         blocks = find_blocks(split.graph, split.once | split.data)
         space = Space(split, (mesh.size("dp"), mesh.size("tp")), weight=self.folded.weight, alike=self.folded.tied)
         narrow(space, self.pins)
+        overlap = self.pins.get("overlap", True)
         prices: Prices | RandomPrices
         if self.seed is not None:
             prices = RandomPrices(self.seed)
             thin(space, self.seed)
         else:
-            prices = Prices(self.cluster, mesh, count, bool(self.pins.get("divide", self.pinned)))
+            prices = Prices(self.cluster, mesh, count, bool(self.pins.get("divide", self.pinned)), overlap)
         roots: dict[str, Layout] = {n: (I, I) if split.graph.values[n].grad else (R, R) for n in split.graph.roots}
         chooser = Chooser(space, prices, blocks, roots, fold=self.seed is None)
         placed = chooser.choose()
         if not math.isfinite(placed.seconds):
             raise NoPlanError("no placement is legal under the pins")
-        honest = Prices(self.cluster, mesh, count) if isinstance(prices, Prices) and prices.divide else prices
+        honest = Prices(self.cluster, mesh, count, overlap=overlap) if isinstance(prices, Prices) and prices.divide else prices
         inner = self._inner(chooser, placed, honest)
         if mesh.size("pp") > len(inner.chain.like):
             raise Refused(f"{mesh.size('pp')} stages, but the model has only {len(inner.chain.like)} blocks to divide")

@@ -91,7 +91,7 @@ class BlockCosts:
 def block_costs(space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices) -> BlockCosts:
     """A parameter counts where it is used first."""
     graph = space.split.graph
-    ops = {op.name: op for op in graph.ops}
+    ops, producer = {op.name: op for op in graph.ops}, graph.producer()
     held: dict[str, Layout] = dict(space.held)
     for name, pair in placed.ops.items():
         for i, out in enumerate(ops[name].outs):
@@ -109,6 +109,9 @@ def block_costs(space: Space, blocks: Sequence[Block], placed: Placements, price
                 if v.role != "param":
                     if held[operand] != want:
                         costs.communication[i] += prices.move(v.tensor, held[operand], want, space.sizes, v.grad)
+                        if operand in producer and producer[operand].name in placed.ops:
+                            source = producer[operand]
+                            costs.communication[i] -= prices.hidden(source, graph, placed.ops[source.name], want, space.sizes)
                     continue
                 storage = placed.storage[operand]
                 if (operand, want) not in moved:

@@ -55,7 +55,7 @@ def finish(candidates: Candidates, found: Candidate) -> Plan:
     notes = [*split.graph.notes, *_unruled(split, placed, inner.prices, sizes), *_repeated(inner), *found.notes, *apart]
     return Plan(
         fingerprint(candidates.graph), mesh, found.count, found.schedule, found.cuts, placed.ops, placed.storage, placed.inputs, lists,
-        groups, size, starts, list(pins.get("kernels", ())), found.predicted, notes,
+        groups, size, starts, list(pins.get("kernels", ())), pins.get("overlap", True), found.predicted, notes,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from .microbatch import TimeSplit
 from .schedules import KINDS
 from .space import Pair, Space
 
-PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets", "kernels")
+PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets", "kernels", "overlap")
 SHOWN = 12
 """Legal choices that an error lists."""
 
@@ -35,6 +35,8 @@ def check(pins: Mapping[str, Any], graph: Graph, blocks: int, meshes: Sequence[M
     training = [kind for kind in KINDS if kind != "forward"]
     if schedule is not None and schedule not in training:
         faults.append(f"schedule: {schedule!r} is none; expected {' or '.join(training)}")
+    if not isinstance(pins.get("overlap", True), bool):
+        faults.append(f"overlap: expected true or false, found {pins['overlap']!r}")
     if "cuts" in pins:
         faults += _cuts(pins["cuts"], blocks, meshes)
     faults += _merge(pins.get("merge"), graph)

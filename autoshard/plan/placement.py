@@ -29,6 +29,7 @@ class Prices(Protocol):
 
     def op(self, op: Op, rule: Rule, graph: Graph, choices: Sequence[Pair], sizes: tuple[int, ...]) -> np.ndarray: ...
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float: ...
+    def hidden(self, op: Op, graph: Graph, pair: Pair, want: Layout, sizes: tuple[int, ...]) -> float: ...
     def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray: ...
 
     share: bool
@@ -257,7 +258,16 @@ class _Tables:
             weight = self.prices.per_step if source is None else 1.0
             want = self._wanted(op, positions)
             self.edges[key] = self._moves(have, want, name) * weight
+            if source is not None:
+                self.edges[key] = self.edges[key] - self._hidden(source, want)
         return self.edges[key]
+
+    def _hidden(self, source: Op, want: Side) -> np.ndarray:
+        """What of each move passes beside the op that makes the value."""
+        layouts, which = want
+        of = [[self.prices.hidden(source, self.graph, pair, layout, self.space.sizes) for layout in layouts]
+              for pair in self.space.domains[source.name]]  # fmt: skip
+        return np.array([[sum(each[i] for i in w) for w in which] for each in of])
 
     def parameter(self, v: Value, op: Op, positions: list[int], footprint: Footprint) -> np.ndarray:
         """Bytes of a parameter: rows: where it is stored; columns: how the op takes it."""

@@ -39,7 +39,8 @@ class Plan:
     """`cuts`: the first block of each stage. `ops`: op → one strategy per inner axis (dp, tp). `storage`: parameter value → where it
     is stored between steps. `inputs`: source value → layout. `instructions`: one list per stage. `merge`: linears that run as one matmul
     (`plan.merge`). `bucket_bytes`: what travels together is at most this large, as used; `buckets`: the first block of each bucket of
-    parameters (`plan.buckets`). `kernels`: those that `lower` puts where it finds what they compute. `predicted`: seconds and bytes.
+    parameters (`plan.buckets`). `kernels`: those that `lower` puts where it finds what they compute. `overlap`: whether collectives run
+    beside matmuls. `predicted`: seconds and bytes.
     `notes`: what was decided for a reason that a user may want to know. `runners_up`: what else was looked at, and its step time."""
 
     graph: str
@@ -55,6 +56,7 @@ class Plan:
     bucket_bytes: int
     buckets: tuple[int, ...]
     kernels: list[str]
+    overlap: bool = True
     predicted: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     runners_up: list[dict[str, Any]] = field(default_factory=list)
@@ -90,6 +92,7 @@ class Plan:
             "bucket_bytes": self.bucket_bytes,
             "buckets": list(self.buckets),
             "kernels": self.kernels,
+            "overlap": self.overlap,
             "instructions": schedules.to_text(self.instructions).splitlines(),
         }
         return yaml.safe_dump(data, sort_keys=False, width=1000, allow_unicode=True)
@@ -196,6 +199,12 @@ def _starts(cuts: list[int]) -> tuple[int, ...]:
     return tuple(cuts)
 
 
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise PlanFileError(f"expected true or false, found {str(value)[:60]!r}")
+    return value
+
+
 @dataclass(frozen=True)
 class _Each:
     """Reads the entries of a mapping, one by one."""
@@ -213,6 +222,7 @@ _READERS: dict[str, Any] = {
     "bucket_bytes": _size,
     "buckets": _starts,
     "kernels": _list_of(str),
+    "overlap": _bool,
     "ops": _Each(_strategies),
     "storage": _Each(_layout),
     "inputs": _Each(_layout),

@@ -60,8 +60,9 @@ class Prices:
 
     share = True
 
-    def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int, divide: bool = False) -> None:
+    def __init__(self, cluster: Cluster, mesh: Mesh, microbatches: int, divide: bool = False, overlap: bool = True) -> None:
         self.cluster, self.mesh, self.per_step, self.divide = cluster, mesh, 1.0 / microbatches, divide
+        self.overlap = overlap and cluster.device.kind != "cpu"
         self.device = cluster.device
         self.movers: dict[tuple[Tensor, tuple[int, ...], bool], _Mover] = {}
         self.wires: dict[tuple[str, float, int], float] = {}
@@ -135,6 +136,25 @@ class Prices:
         if mover is None:
             mover = self.movers[tensor, sizes, grad] = _Mover(self, tensor, sizes, grad)
         return mover.price(a, b)
+
+    def hidden(self, op: Op, graph: Graph, pair: Pair, want: Layout, sizes: tuple[int, ...]) -> float:
+        """Seconds of the all-reduce of a matmul's result that pass beside the matmul itself, in pieces (`lower.beside`)."""
+        if not self.overlap or op.target not in ("aten.linear.default", "aten.mm.default") or len(op.inputs) != 2:
+            return 0.0
+        made, tensor = tuple(s.outs[0] for s in pair), graph.values[op.outs[0]].tensor
+        steps = [(axis, a, b) for axis, (a, b) in enumerate(zip(made, want, strict=True)) if a != b and sizes[axis] > 1]
+        if len(steps) != 1 or (steps[0][1].kind, steps[0][1].reduce, steps[0][2].kind) != ("P", "sum", "I"):
+            return 0.0
+        axis, a, b = steps[0]
+        count = collective.pieces(numel(tensor, made, sizes) // max(tensor.shape[-1], 1))
+        if count == 1:
+            return 0.0
+        rest = [i for i in range(len(sizes)) if i != axis]
+        wire = self.wire("all_reduce", local_bytes(tensor, tuple([made[i] for i in rest]), tuple([sizes[i] for i in rest])), axis, a, b)
+        matmul = self.one(op, graph, pair, sizes) / (1 + sum(graph.values[n].grad for n in op.inputs))
+        lost = collective.contention(self.cluster, self.mesh.size(AXES[axis]), self.mesh.stride(AXES[axis]))
+        # what is left is never less than a call takes to start: bounds rely on it
+        return max(0.0, min(min(matmul, wire) * (1 - 1 / count) * (1 - lost), wire - self.least(made, want, False)))
 
     def least(self, a: Layout, b: Layout, grad: bool) -> float:
         """Seconds that the collectives of a move and its gradient's take, however little moves."""
@@ -248,6 +268,9 @@ class RandomPrices:
 
     def op(self, op: Op, rule: Rule, graph: Graph, choices: Sequence[Pair], sizes: tuple[int, ...]) -> np.ndarray:
         return self.random.random(len(choices))
+
+    def hidden(self, op: Op, graph: Graph, pair: Pair, want: Layout, sizes: tuple[int, ...]) -> float:
+        return 0.0
 
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
         drawn = float(self.random.random() * 0.3)

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ..errors import BatchError, CaptureError
+from ..lower.early import INDUCTOR, communicates
 from ..lower.program import Program, Slot, bind
 from .comm import Comm
 from .deferred import agree
@@ -76,6 +77,8 @@ class Sharded(Trainable):
     def begin(self, program: Program, captured: Captured | None) -> None:
         """Take the weights (rank 0's, so that all ranks start alike) and keep this rank's shards."""
         self.groups = self.comm.prepare(program)
+        if self.groups and self.comm.device.type == "cuda":
+            log.info("collectives %s", "run beside matmuls" if program.plan.overlap else "are waited for at once (overlap: false)")
         self._agree_on_weights()
         super().__init__(program, self.weights, captured, ranks=[self.comm.rank], device=self.comm.device)
         self.weights = {}
@@ -169,9 +172,11 @@ class Sharded(Trainable):
     def _run(self, graph: fx.GraphModule, args: Sequence[Tensor]) -> Generator[Request, Any, tuple[Any, ...]]:
         call = self.bound.get(graph)
         if call is None:
-            call = bind(graph, self.groups, self.comm.device).forward
+            overlap = self.program.plan.overlap and self.comm.device.type == "cuda"
+            call = bind(graph, self.groups, self.comm.device, overlap).forward
             # the method, not the module: its code object is its own, so that graphs don't share dynamo's cache
-            self.bound[graph] = call = torch.compile(call, fullgraph=True, dynamic=False) if self.compile else call
+            options = INDUCTOR if overlap and communicates(graph.graph) else None
+            self.bound[graph] = call = torch.compile(call, fullgraph=True, dynamic=False, options=options) if self.compile else call
         results = call(*args)
         return tuple(results) if isinstance(results, (tuple, list)) else (results,)
         yield

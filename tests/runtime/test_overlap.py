@@ -103,14 +103,14 @@ def played(run: InProcess) -> list[str]:
             seen.append(f"{'P' if key[0] < 0 else 'F'}{key[1]}")
         return (yield from steps_forward(self, call, env, key))
 
-    def whole(self: Any, call: Any, saved: Any, grads: Any, own: bool = False) -> Any:
+    def backward(self: Any, call: Any, *rest: Any) -> Any:
         if self.x.rank.rank == 0:
             calls = self.x.rank.gathers if call in self.x.rank.gathers else self.x.calls
             seen.append(f"{'G' if calls is self.x.rank.gathers else 'B'}{calls.index(call)}")
-        return (yield from steps_whole(self, call, saved, grads, own))
+        return (yield from steps_backward(self, call, *rest))
 
-    steps_forward, steps_whole = Step.forward, Step.whole_backward
-    with mock.patch.object(Step, "forward", forward), mock.patch.object(Step, "whole_backward", whole):
+    steps_forward, steps_backward = Step.forward, Step.inputs_backward
+    with mock.patch.object(Step, "forward", forward), mock.patch.object(Step, "inputs_backward", backward):
         run.train_step(**checkpoints.subject(DOUBLE)[1])
     return seen
 

@@ -32,6 +32,11 @@ import numpy as np
 
 from ..cluster import Cluster, Level
 
+PIECES = 4
+"""The most pieces in which a matmul and the all-reduce of its result go."""
+LEAST = 1024
+"""Rows of a piece: fewer leave a GPU's last wave of tiles half empty, and a collective at its latency."""
+
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
 
 PROTOCOLS = ((1.0, 0.42), (2.5, 0.80), (8.0, 1.0))
@@ -68,6 +73,11 @@ def lines(cluster: Cluster, kind: str, size: int, stride: int = 1) -> tuple[floa
     # keep the lower envelope only: a line above another everywhere is never the minimum
     kept = [a for a in found if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in found)]
     return floor, tuple(sorted(kept))
+
+
+def pieces(rows: int) -> int:
+    """In how many pieces a matmul of so many rows runs beside the all-reduce of its result; 1: not worth it."""
+    return max(1, min(PIECES, rows // LEAST))
 
 
 def contention(cluster: Cluster, size: int, stride: int = 1) -> float:
