@@ -23,7 +23,7 @@ from torch import Tensor
 from . import backend
 
 PREFER_TORCH = True  # on Hopper, where it applies
-CLEARED = 64  # rows that a program looks at which are nobody's
+CLEARED = (32, 128)  # rows and columns of those that are nobody's that a program writes at a time
 LARGEST, DEPTH, STAGES = 128, 64, 3  # Triton's tiles: rows and columns at most, summed elements at a time, loads in flight
 
 
@@ -93,8 +93,8 @@ def _cleared(out: Tensor, ends: Tensor) -> Tensor:
         return out
     from .device import grouped_matmul as device
 
-    (n, m), block = out.shape, min(1024, backend.power(out.shape[1]))
-    device.clear[(backend.blocks(n, CLEARED),)](out, ends, n, m, out.stride(0), ends.shape[0], ROWS=CLEARED, BLOCK=block, num_warps=4)
+    (n, m), (rows, columns) = out.shape, CLEARED
+    device.clear[(backend.blocks(n, rows),)](out, ends, n, m, out.stride(0), ends.shape[0], ROWS=rows, BLOCK=columns, num_warps=4)
     return out
 
 

@@ -27,6 +27,7 @@ from .kernels import place
 from .program import RankInput
 from .routine import SAME, Fn, Port, Routine, Step, value_name
 from .rows import EXPERTS, sort_rows
+from .topk import compare_few
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Partitioner:
         for name, layout in wanted:
             build.output(name, layout)
         outputs = {p.name for p in build.routine.outputs}
-        build.routine.steps, tensors = sort_rows(build.routine.steps, build.tensors(), outputs)
+        steps = compare_few(build.routine.steps, build.tensors())
+        build.routine.steps, tensors = sort_rows(steps, build.tensors(), outputs)
         if self.kernels:
             build.routine.steps = place(build.routine.steps, tensors, outputs, self.kernels)
         return build.routine

@@ -71,8 +71,8 @@ def clear(out, ends, n, m, out_row, e, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0) * ROWS
     if first + ROWS <= last:
         return
-    zeros = tl.zeros((BLOCK,), out.dtype.element_ty)
-    for row in range(tl.maximum(first, last), tl.minimum(first + ROWS, n)):
-        for start in range(0, m, BLOCK):
-            col = start + tl.arange(0, BLOCK)
-            tl.store(out + row.to(tl.int64) * out_row + col, zeros, mask=col < m)
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    for start in range(0, m, BLOCK):
+        col = start + tl.arange(0, BLOCK)[None, :]
+        inside = (row >= last) & (row < n) & (col < m)
+        tl.store(out + row * out_row + col, tl.zeros((ROWS, BLOCK), out.dtype.element_ty), mask=inside)
