@@ -4,9 +4,10 @@ forward:   y[rows of e] = x[rows of e] · W_e
 backward:  dx[rows of e] = dy[rows of e] · W_eᵀ,   dW_e = x[rows of e]ᵀ · dy[rows of e], 0 for an expert without rows
 
 The rows of expert e end at `ends[e]` and begin where those before it end; rows behind the last end are nobody's: they give zeros, take no
-time in the matmuls, and get no gradient. dW lies in memory as W does, so that experts stored as [e m k] get a dense gradient. bf16 on Hopper goes
-through torch's own grouped matmul where sizes and strides allow it (`_torch_applies`), everything else through Triton, whose programs
-read the ends themselves: as many are started as there could be tiles, and those that are too many stop at once.
+time in the matmuls, and get no gradient. dW lies in memory as W does, so that experts stored as [e m k] get a dense gradient.
+
+bf16 on Hopper goes through torch's own grouped matmul where sizes and strides allow it (`_torch_applies`), everything else through Triton,
+whose programs read the ends themselves: as many are started as there could be tiles, and those that are too many stop at once.
 
 Tolerance: sums of k (or rows) products in float32, one rounding of the dtype; as a matmul's.
 """

@@ -179,7 +179,8 @@ def moe_order(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @moe_order.register_fake
 def _(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    return *(index.new_empty(index.shape, dtype=torch.int32) for _ in range(2)), index.new_empty(count, dtype=torch.int32)
+    order, position = (index.new_empty(index.shape, dtype=torch.int32) for _ in range(2))
+    return order, position, index.new_empty(count, dtype=torch.int32)
 
 
 def order_applies(index: Tensor, count: int, capability: backend.Capability = None) -> bool:

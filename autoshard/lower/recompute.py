@@ -43,7 +43,8 @@ def made_again(
             graph.add_edge((node, 0), (node, 1))
         else:
             # of a value and its views the value; of two ways that cost the same the one with fewer ops to repeat
-            graph.add_edge((node, 0), (node, 1), capacity=0 if node in free else 4 * size + (2 if _name(node) in (*VIEWS, "index_select") else 1))
+            extra = 2 if _name(node) in (*VIEWS, "index_select") else 1
+            graph.add_edge((node, 0), (node, 1), capacity=0 if node in free else 4 * size + extra)
         if node not in first or node in pinned or not _repeatable(node):
             graph.add_edge(SOURCE, (node, 0))
         for source in node.all_input_nodes if node in first else ():

@@ -167,9 +167,9 @@ class _Sorter:
         """A value's rows gathered into the order; of copies, their sources'."""
         source, copies = self.copied(name)
         facts = self.tensors[name]
-        grad = facts.floating
         out = self.new(name, order, facts)
-        self.steps.append(Step(_taker(facts.shape, copies, grad), (source, *order.names[:2]), (out,), f"rows taken {facts} {copies} {grad}"))
+        fn = _taker(facts.shape, copies, facts.floating)
+        self.steps.append(Step(fn, (source, *order.names[:2]), (out,), f"rows taken {facts} {copies}"))
 
     def copied(self, name: str) -> tuple[str, int]:
         """(value, k) where a value is the other's rows, each k times, one behind the other: reshape(expand([t 1 …], [t k …]), [t·k …])."""

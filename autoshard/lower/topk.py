@@ -37,8 +37,9 @@ def _compared(step: Step, tensors: Mapping[str, Tensor]) -> Step:
 
 
 def _fits(op: Op, x: Tensor) -> bool:
-    dim, upwards = (*op.args[2:4], *(-1, True)[len(op.args[2:4]) :])
-    return bool(x.shape) and dim in (-1, len(x.shape) - 1) and upwards is True and not op.kwargs and x.shape[-1] <= MOST and x.floating
+    dim = op.args[2] if len(op.args) > 2 else -1
+    upwards = op.args[3] if len(op.args) > 3 else True
+    return bool(x.shape) and dim in (-1, len(x.shape) - 1) and upwards and not op.kwargs and x.shape[-1] <= MOST and x.floating
 
 
 def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -99,10 +99,10 @@ def test_one_device(how: str) -> None:
     layers = forwards(text, r"moe_order\(")
     products = forwards(text, r"= autoshard\.grouped_matmul\(")
     assert sum(products) == 2 * sum(layers) and "autoshard.experts" not in text
-    # tokens into the order and rows back, a layer; where rows are mixed between the products, back and into it once more; of a bias the index
+    # tokens into the order and rows back, a layer; where rows are mixed between the products, back and into it once more; a bias's index
     gathers = {"mixes rows": 4, "biased": 3, "scaled inside": 3, "read twice": 3}.get(how, 2)
     assert forwards(text, r"aten\.index_select\(") == [gathers * n for n in layers]
-    assert how == "biased" or "index_put" not in text and "index_add" not in text
+    assert how == "biased" or ("index_put" not in text and "index_add" not in text)
 
 
 @pytest.mark.parametrize("kind", ["one", "some empty"])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..build import Builder, rewrite
+from ..build import Builder, Rule, rewrite
 from ..captured import Captured
 from ..graph import Op, Ref, map_refs
 from ..rows import row_operands
@@ -24,7 +24,7 @@ def grouped(captured: Captured) -> Captured:
     """Undo sorts around grouped products."""
     if not any(op.target == "aten._grouped_mm.default" for op in captured.graph.ops):
         return captured
-    rules = {
+    rules: dict[str, Rule] = {
         "aten._grouped_mm.default": product,
         "aten.index.Tensor": put_back,
         "aten.index_put.default": put,
@@ -126,8 +126,8 @@ def _leaf(b: Builder, name: str, order: Ref) -> Ref | None:
 
 def _source(b: Builder, index: Ref) -> tuple[Ref | None, int]:
     """(order, k) of an index order // k."""
-    divided = b.made_by(index, "aten.floor_divide.default") or b.made_by(index, "aten.div.Tensor_mode")
-    if divided is not None and isinstance(divided.args[1], int) and divided.args[1] > 0 and divided.kwargs.get("rounding_mode", "floor") == "floor":
+    divided = b.made_by(index, "aten.floor_divide.default")
+    if divided is not None and isinstance(divided.args[1], int) and divided.args[1] > 0:
         return (divided.args[0] if _order(b, divided.args[0]) else None), divided.args[1]
     return (index if _order(b, index) else None), 1
 
