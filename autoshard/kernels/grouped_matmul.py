@@ -3,9 +3,11 @@
 forward:   y[rows of e] = x[rows of e] · W_e
 backward:  dx[rows of e] = dy[rows of e] · W_eᵀ,   dW_e = x[rows of e]ᵀ · dy[rows of e], 0 for an expert without rows
 
-The rows of expert e end at `ends[e]` and begin where those before it end; the last end is the number of rows. bf16 on Hopper goes
-through torch's own grouped matmul where sizes and strides allow it (`_torch_applies`), everything else through Triton, whose programs
-read the ends themselves: as many are started as there could be tiles, and those that are too many stop at once.
+The rows of expert e end at `ends[e]` and begin where those before it end; rows behind the last end are nobody's: they give zeros, take no
+time in the matmuls, and get no gradient. dW lies in memory as W does, so that experts stored as [e m k] get a dense gradient.
+
+bf16 on Hopper goes through torch's own grouped matmul where sizes and strides allow it (`_torch_applies`), everything else through Triton,
+whose programs read the ends themselves: as many are started as there could be tiles, and those that are too many stop at once.
 
 Tolerance: sums of k (or rows) products in float32, one rounding of the dtype; as a matmul's.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 from . import backend
 
 PREFER_TORCH = True  # on Hopper, where it applies
+CLEARED = (32, 128)  # rows and columns of those that are nobody's that a program writes at a time
 LARGEST, DEPTH, STAGES = 128, 64, 3  # Triton's tiles: rows and columns at most, summed elements at a time, loads in flight
 
 
@@ -30,7 +33,7 @@ def reference(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     for e, end in enumerate(ends.tolist()):
         outs.append(x[first:end] @ w[e])
         first = end
-    return torch.cat(outs) if outs else x @ x.new_zeros((x.shape[1], w.shape[2]))
+    return torch.cat([*outs, x.new_zeros((x.shape[0] - first, w.shape[2]))])
 
 
 def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
@@ -69,7 +72,7 @@ def _product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     if not (n and k and m and e):
         return x.new_zeros((n, m))
     if _torch_applies(x, w):
-        return torch._grouped_mm(x, w, offs=ends)
+        return _cleared(torch._grouped_mm(x, w, offs=ends), ends)
     if not (backend.fused(x) and applies(x, w, ends)):
         return reference(x, w, ends)
     from .device import grouped_matmul as device
@@ -81,7 +84,30 @@ def _product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
         x, w, out, ends, k, m, e, *x.stride(), *w.stride(), BM=bm, BN=bn, BK=bk, EXPERTS=backend.power(e),
         ACC=backend.accumulator(x.dtype), WIDEN=x.device.type == "cpu", num_warps=8 if bm * bn > 8192 else 4, num_stages=STAGES,
     )  # fmt: skip
+    return _cleared(out, ends)
+
+
+def _cleared(out: Tensor, ends: Tensor) -> Tensor:
+    """The same memory, with zeros in the rows that are nobody's."""
+    if not backend.fused(out):
+        out[int(ends[-1]) :] = 0
+        return out
+    from .device import grouped_matmul as device
+
+    (n, m), (rows, columns) = out.shape, CLEARED
+    device.clear[(backend.blocks(n, rows),)](out, ends, n, m, out.stride(0), ends.shape[0], ROWS=rows, BLOCK=columns, num_warps=4)
     return out
+
+
+def _columns_first(w: Tensor) -> bool:
+    """Whether the matrices lie in memory transposed."""
+    return w.stride(1) < w.stride(2)
+
+
+def _like(w: Tensor) -> Tensor:
+    """Memory for W's gradient, in W's order of dims."""
+    e, k, m = w.shape
+    return w.new_empty((e, m, k)).transpose(1, 2) if _columns_first(w) else w.new_empty((e, k, m))
 
 
 def _weights(x: Tensor, g: Tensor, ends: Tensor) -> Tensor:
@@ -122,13 +148,15 @@ def grouped_matmul_backward(grad: Tensor, x: Tensor, w: Tensor, ends: Tensor, ne
     """dx and dW, empty unless `need`ed."""
     grad = grad.contiguous()  # what comes from a sum is expanded
     dx = _product(grad, w.transpose(1, 2), ends) if need[0] else x.new_empty(0)
-    dw = _weights(x, grad, ends) if need[1] else w.new_empty(0)
+    dw = w.new_empty(0)
+    if need[1]:
+        dw = _weights(grad, x, ends).transpose(1, 2) if _columns_first(w) else _weights(x, grad, ends)
     return dx, dw
 
 
 @grouped_matmul_backward.register_fake
 def _(grad: Tensor, x: Tensor, w: Tensor, ends: Tensor, need: list[bool]) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need[0] else 0), w.new_empty(w.shape if need[1] else 0)
+    return x.new_empty(x.shape if need[0] else 0), _like(w) if need[1] else w.new_empty(0)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

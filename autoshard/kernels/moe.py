@@ -141,19 +141,50 @@ def _order(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return position.to(torch.int32).view(experts.shape), ends.to(torch.int32)
 
 
-def _counted(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same, by counting."""
+def _counted(experts: Tensor, count: int, order: Tensor | None = None, rest: bool = False) -> tuple[Tensor, Tensor]:
+    """The same, by counting. `order`: where to write which slot is at each place; `rest`: what is no expert counts as the last."""
     from .device import moe as device
 
     slots, flat = experts.numel(), experts.contiguous()
     blocks = backend.blocks(slots, SLOTS)
     counts = experts.new_empty((count, blocks), dtype=torch.int32)
-    how: dict[str, Any] = {"BLOCK": SLOTS, "EXPERTS": backend.power(count), "num_warps": WARPS}
+    how: dict[str, Any] = {"BLOCK": SLOTS, "EXPERTS": backend.power(count), "REST": rest, "num_warps": WARPS}
     device.count[(blocks,)](flat, counts, slots, count, **how)
     upto = counts.flatten().cumsum(0, dtype=torch.int32)
     position = experts.new_empty(experts.shape, dtype=torch.int32)
-    device.place[(blocks,)](flat, upto - counts.flatten(), position, slots, count, **how)
+    device.place[(blocks,)](flat, upto - counts.flatten(), position, order, slots, count, **how)
     return position, upto.view(count, blocks)[:, -1].contiguous()
+
+
+def order_reference(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    inside = torch.where((index >= 0) & (index < count), index, count)
+    order = inside.argsort(stable=True)
+    position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    ends = torch.searchsorted(inside[order], torch.arange(count, device=order.device), right=True)
+    return order.int(), position.int(), ends.int()
+
+
+@torch.library.custom_op("autoshard::moe_order", mutates_args=())
+def moe_order(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The stable order of rows by what they choose of 0, …, count - 1, those that choose none of these last; its inverse; where the rows
+    of each end. All int32."""
+    if index.dim() != 1 or index.is_floating_point():
+        raise ValueError(f"moe_order: found an index {tuple(index.shape)} of {index.dtype}; expected whole numbers [rows]")
+    if not (backend.fused(index) and order_applies(index, count)):
+        return order_reference(index, count)
+    order = index.new_empty(index.shape, dtype=torch.int32)
+    position, ends = _counted(index, count + 1, order, rest=True)
+    return order, position, ends[:count].clone()
+
+
+@moe_order.register_fake
+def _(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    order, position = (index.new_empty(index.shape, dtype=torch.int32) for _ in range(2))
+    return order, position, index.new_empty(count, dtype=torch.int32)
+
+
+def order_applies(index: Tensor, count: int, capability: backend.Capability = None) -> bool:
+    return index.numel() > 0 and 0 < count < 1024
 
 
 def _block(h: int) -> int:

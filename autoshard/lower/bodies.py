@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..trace import primitives
-from ..trace.experts import experts as chosen
 
 
 def embedding(table: torch.Tensor, ids: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -22,11 +21,6 @@ def embedding(table: torch.Tensor, ids: torch.Tensor, offset: torch.Tensor) -> t
 def pick(x: torch.Tensor, labels: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """x[…, labels - offset] where the last dim holds that label, else 0."""
     return primitives.pick(x, labels - offset)
-
-
-def experts(x: torch.Tensor, w: torch.Tensor, index: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Matrices [offset, offset + E) are here; rows that chose others give zeros."""
-    return chosen(x, w, index - offset)
 
 
 def mean(x: torch.Tensor, dims: Sequence[int], keep: bool, count: int) -> torch.Tensor:

@@ -25,7 +25,9 @@ from .collectives import Local, Spot, indices, local_cut, move
 from .fuse import Merged, fuse, joined, linears
 from .kernels import place
 from .program import RankInput
-from .routine import Fn, Port, Routine, Step, value_name
+from .routine import SAME, Fn, Port, Routine, Step, value_name
+from .rows import EXPERTS, sort_rows
+from .topk import compare_few
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,11 @@ class Partitioner:
                 build.op(op)
         for name, layout in wanted:
             build.output(name, layout)
+        outputs = {p.name for p in build.routine.outputs}
+        steps = compare_few(build.routine.steps, build.tensors())
+        build.routine.steps, tensors = sort_rows(steps, build.tensors(), outputs)
         if self.kernels:
-            outputs = {p.name for p in build.routine.outputs}
-            build.routine.steps = place(build.routine.steps, build.tensors(), outputs, self.kernels)
+            build.routine.steps = place(build.routine.steps, tensors, outputs, self.kernels)
         return build.routine
 
     def rows(self, names: Sequence[str], layouts: Sequence[Layout]) -> Tensor:
@@ -99,11 +103,12 @@ class _Builder:
         self.known: set[str] = set()  # env names that exist
         self.layouts: dict[str, Layout] = {}  # value → layout in which it was made or came in
         self.seen: list[tuple[str, Layout]] = []
+        self.shifted: dict[str, Tensor] = {}  # indices counted from where a shard begins
 
     def tensors(self) -> dict[str, Tensor]:
         """Every value that is known here, by its name here."""
         found = {port.name: port.tensor for port in self.routine.inputs}
-        return found | {value_name(name, layout): self.part.local(name, layout) for name, layout in self.seen}
+        return found | {value_name(name, layout): self.part.local(name, layout) for name, layout in self.seen} | self.shifted
 
     def op(self, op: Op) -> None:
         part, graph = self.part, self.part.graph
@@ -124,6 +129,8 @@ class _Builder:
         local = replace_args(op, localize(op, held, part.local(op.outs[0], out_layout).shape))
         body_axes = [a for a, s in enumerate(pair) if s.body]
         extra: list[str] = []
+        if body_axes and op.target == EXPERTS:
+            ins[2], body_axes = self._counted_from(op, ins[2], layouts), []
         if body_axes or op.target.startswith("autoshard.dropout_mask") or op.target.startswith("autoshard.time_"):
             fn, text, extra = self._body(local, op, out_layout, layouts)
         else:
@@ -214,7 +221,7 @@ class _Builder:
         if env != final and final not in self.known:  # axes of size 1 change their type without a step
             self.known.add(final)
             self.seen.append((name, want))
-            self.routine.steps.append(Step(lambda x: x, (env,), (final,), "same"))
+            self.routine.steps.append(Step(lambda x: x, (env,), (final,), SAME))
         return final
 
     def _move(self, source: str, target: str, tensor: Tensor, layout: Layout, axis: int, a: Type, b: Type, grad: bool) -> None:
@@ -266,6 +273,17 @@ class _Builder:
             return Tensor(shape, spec.draw[3].removeprefix("torch."))
         return Tensor((len(spec.tensor(sizes, coords)),), "int64")
 
+    def _counted_from(self, op: Op, index: str, layouts: Mapping[str, Layout]) -> str:
+        """An index of matrices [offset, offset + E), counted from there: those that choose others lie outside, and give zeros."""
+        n = self.part.graph.values[op.inputs[1]].tensor.shape[0]
+        offset = self.rank_input(RankInput("offset", n, self._chain(n, 0, layouts[op.inputs[1]])))
+        out = f"{index}-{offset}"
+        if out not in self.known:
+            self.known.add(out)
+            self.shifted[out] = self.tensors()[index]
+            self.routine.steps.append(Step(torch.sub, (index, offset), (out,), "counted from a shard's offset", op.source))
+        return out
+
     def _body(self, local: Op, op: Op, out: Layout, ins: Mapping[str, Layout]) -> tuple[Fn, str, list[str]]:
         """An op that takes its shard's place: the function, its text, its rank inputs."""
         graph = self.part.graph
@@ -276,10 +294,6 @@ class _Builder:
             chain = self._chain(shape[dim], dim, ins[table])
             offset = self.rank_input(RankInput("offset", shape[dim], chain))
             return (bodies.embedding if dim == 0 else bodies.pick), f"{op.target} shard", [offset]
-        if op.target == "autoshard.experts.default":
-            n = graph.values[op.inputs[1]].tensor.shape[0]
-            offset = self.rank_input(RankInput("offset", n, self._chain(n, 0, ins[op.inputs[1]])))
-            return bodies.experts, f"{op.target} shard", [offset]
         if op.target == "aten.mean.dim":
             shape = graph.values[op.inputs[0]].tensor.shape
             dims = tuple(d % len(shape) for d in op.args[1]) or tuple(range(len(shape)))

@@ -4,7 +4,8 @@ In: a joint graph's forward nodes, the backward's nodes, which inputs are free t
 backward makes again; what these and the backward read of the forward is saved. The fewest bytes are a minimum cut between what can't be
 made again (matmuls, attention, reductions, collectives, anything random) and what the backward reads, where cutting a value costs
 its bytes. Pointwise ops and views may be repeated: they fuse into the kernels that read them. A value that a matmul or another opaque
-kernel of the backward reads would have to be written to memory again, so it is saved as it is.
+kernel of the backward reads would have to be written to memory again, so it is saved as it is; unless it is rows gathered several times
+each, which take a multiple of the memory of those that they are gathered from.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ VIEWS = frozenset(
     unbind""".split()
 )
 # fused by the compiler as pointwise ops are, though not elementwise
-MOVES = frozenset("cat constant_pad_nd full zeros ones scalar_tensor new_zeros".split())
+MOVES = frozenset("cat constant_pad_nd full zeros ones scalar_tensor new_zeros index_select".split())
 
 
 def made_again(
@@ -33,7 +34,7 @@ def made_again(
 ) -> set[fx.Node]:
     """The nodes of `first` that `later` makes again. `inputs`: placeholders; those in `free` cost nothing to keep."""
     read = {source for node in later for source in node.all_input_nodes} | {r for r in results if isinstance(r, fx.Node)}
-    pinned = {_base(s, first) for node in later if not _cheap(node) for s in node.all_input_nodes}
+    pinned = {_base(s, first) for node in later if not _cheap(node) for s in node.all_input_nodes if not _repeats_rows(s)}
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_nodes_from([SOURCE, SINK])
     for node in (*inputs, *first):
@@ -42,7 +43,8 @@ def made_again(
             graph.add_edge((node, 0), (node, 1))
         else:
             # of a value and its views the value; of two ways that cost the same the one with fewer ops to repeat
-            graph.add_edge((node, 0), (node, 1), capacity=0 if node in free else 4 * size + (2 if _name(node) in VIEWS else 1))
+            extra = 2 if _name(node) in (*VIEWS, "index_select") else 1
+            graph.add_edge((node, 0), (node, 1), capacity=0 if node in free else 4 * size + extra)
         if node not in first or node in pinned or not _repeatable(node):
             graph.add_edge(SOURCE, (node, 0))
         for source in node.all_input_nodes if node in first else ():
@@ -119,6 +121,12 @@ def _repeatable(node: fx.Node) -> bool:
     value = node.meta.get("val")
     whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.numel() > 1
     return _cheap(node) and not (whole and _name(node) not in VIEWS)
+
+
+def _repeats_rows(node: fx.Node) -> bool:
+    """Whether it gathers rows more than once, so that it takes more memory than what it gathers from."""
+    source = node.args[0] if _name(node) == "index_select" else None
+    return isinstance(source, fx.Node) and 2 * (_bytes(source) or 0) <= (_bytes(node) or 0)
 
 
 def _bytes(node: fx.Node) -> int | None:

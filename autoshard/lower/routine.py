@@ -18,6 +18,8 @@ from ..trace.graph import Op, Tensor
 from .program import RankInput
 
 Fn = Callable[..., Any]
+SAME = "same"
+"""The text of a step that hands its input on under another name."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from .normalise.norms import norms
 from .normalise.pointwise import pointwise
 from .normalise.reductions import reductions
 from .normalise.shapes import shapes
+from .normalise.sorted import grouped
 
 PASSES: list[Pass[Captured]] = [
     # one spelling for every op, a family at a time
@@ -33,5 +34,6 @@ PASSES: list[Pass[Captured]] = [
     fold,
     indexing,
     experts,
+    grouped,
     masks,
 ]

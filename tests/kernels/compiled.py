@@ -68,6 +68,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"moe_route_backward {score}", lambda s=score: Op.moe_route_backward(t(64, 2), t(64, 128), experts, s, True, 1.0)
     position, ends = torch.zeros(64, 2, dtype=torch.int32), torch.full((8,), 128, dtype=torch.int32)
     yield "moe_permute", lambda: Op.moe_permute(t(64, 2048), experts, 8)
+    yield "moe_order", lambda: Op.moe_order(experts.flatten(), 8)
     yield "moe_unpermute", lambda: Op.moe_unpermute(t(128, 2048), position, t(64, 2))
     yield "moe_unpermute_backward", lambda: Op.moe_unpermute_backward(t(64, 2048), t(128, 2048), position, t(64, 2))
     yield "grouped_matmul", lambda: Op.grouped_matmul(t(2048, 2048), t(8, 4096, 2048).transpose(1, 2), ends)

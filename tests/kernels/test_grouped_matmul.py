@@ -52,3 +52,23 @@ def test_mistakes_are_named():
 def test_tracing_sees_two_nodes():
     names = ["autoshard.grouped_matmul.default", "autoshard.grouped_matmul_backward.default"]
     check_traced(OP, (draw(6, 4), draw(2, 5, 4, seed=1).transpose(1, 2), ends(2, 4)), names, [0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(3, 0, 17), (0, 0, 0), (70, 0, 1)])
+def test_rows_behind_the_last_end_give_zeros_and_get_none(way, sizes, dtype):
+    n = sum(sizes) + 66
+    x, w = draw(n, 37, dtype=dtype), draw(3, 37, 21, dtype=dtype, seed=1)
+    x[sum(sizes) :] = float("nan")  # what nobody wrote
+    x, w = x.requires_grad_(), w.requires_grad_()
+    out = OP(x, w, ends(*sizes))
+    out.backward(torch.ones_like(out))
+    assert torch.equal(out[sum(sizes) :], torch.zeros(66, 21, dtype=dtype))
+    assert torch.equal(x.grad[sum(sizes) :], torch.zeros(66, 37, dtype=dtype)) and w.grad.isfinite().all()
+
+
+def test_a_gradient_lies_as_its_matrices_do(way):
+    for stored in (draw(3, 7, 6), draw(3, 6, 7).transpose(1, 2)):
+        w = stored.requires_grad_()
+        (dw,) = torch.autograd.grad(OP(draw(9, 7, seed=1), w, ends(4, 0, 5)).sum(), w)
+        assert dw.shape == w.shape and dw.stride() == w.stride()

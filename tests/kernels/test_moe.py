@@ -64,6 +64,23 @@ def test_memory_orders(way):
         check(UNPERMUTE, moe.unpermute_reference, (moved, position, draw(2, 8, seed=3).t()))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_an_order_has_those_that_choose_none_last(way, dtype):
+    drawn = torch.randint(-2, 9, (300,), generator=torch.Generator().manual_seed(5)).to(dtype)
+    for index, count in ((drawn, 6), (torch.full((140,), 2, dtype=dtype), 4), (torch.full((9,), 7, dtype=dtype), 3), (drawn[::2], 1)):
+        order, position, ends = torch.ops.autoshard.moe_order(index, count)
+        for found, expected in zip((order, position, ends), moe.order_reference(index, count), strict=True):
+            assert found.dtype == torch.int32 and torch.equal(found, expected)
+        inside = (index >= 0) & (index < count)
+        assert torch.equal(index[order][: ends[-1]], index[inside].sort().values) and ends[-1] == inside.sum()
+        assert torch.equal(position[order], torch.arange(len(index)))
+
+
+def test_an_order_is_of_whole_numbers():
+    with pytest.raises(ValueError, match="whole numbers"):
+        torch.ops.autoshard.moe_order(torch.ones(3), 2)
+
+
 @pytest.mark.silent
 def test_nothing_in_nothing_out(way):
     x = torch.zeros(0, 4, requires_grad=True)

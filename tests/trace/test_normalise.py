@@ -267,6 +267,24 @@ def test_masks_too_large_to_fold_are_still_recognised() -> None:
     assert sum(c.numel() * c.element_size() for c in captured.constants.values()) < 2**21
 
 
+def test_causal_masks_of_a_whole_batch_are_recognised() -> None:
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unsqueeze(1) for t in self.qkv(x).chunk(3, -1))
+            n = torch.arange(x.shape[1])
+            keys, queries = n[None, None, None, :].expand(len(x), 1, 1, -1), n[None, None, :, None].expand(len(x), 1, -1, 1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=keys <= queries).sum()
+
+    with torch.device("meta"):
+        model = Batched()
+    (op,) = (op for op in capture(model, (torch.empty(3, 4096, 4),)).graph.ops if op.target == "autoshard.attention.default")
+    assert op.args[3] is None and op.args[4] is True
+
+
 # ---- folding
 
 

@@ -62,3 +62,17 @@ def weights(
         acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=ACC)
     at = dw + (expert.to(tl.int64) * k + row) * m + col
     tl.store(at, acc.to(dw.dtype.element_ty), mask=(row < k) & (col < m))
+
+
+@triton.jit
+def clear(out, ends, n, m, out_row, e, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros in the rows behind the last end."""
+    last = tl.load(ends + e - 1)
+    first = tl.program_id(0) * ROWS
+    if first + ROWS <= last:
+        return
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    for start in range(0, m, BLOCK):
+        col = start + tl.arange(0, BLOCK)[None, :]
+        inside = (row >= last) & (row < n) & (col < m)
+        tl.store(out + row * out_row + col, tl.zeros((ROWS, BLOCK), out.dtype.element_ty), mask=inside)

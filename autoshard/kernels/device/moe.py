@@ -72,25 +72,38 @@ def route_backward(
 
 
 @triton.jit
-def count(experts, counts, slots, e, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+def chosen(experts, at, slots, e, REST: tl.constexpr):
+    """The experts of slots; REST: what is none of the others counts as the last."""
+    which = tl.load(experts + at, mask=at < slots, other=0)
+    if REST:
+        which = tl.where((which < 0) | (which >= e), e - 1, which)
+    return tl.where(at < slots, which, -1)
+
+
+@triton.jit
+def count(experts, counts, slots, e, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, REST: tl.constexpr):
     """How many slots of this block each expert has; counts [e blocks]."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    which = tl.load(experts + at, mask=at < slots, other=-1)
+    which = chosen(experts, at, slots, e, REST)
     col = tl.arange(0, EXPERTS)
     found = tl.sum((which[:, None] == col[None, :]).to(tl.int32), 0)
     tl.store(counts + col * tl.num_programs(0) + tl.program_id(0), found, mask=col < e)
 
 
 @triton.jit
-def place(experts, starts, position, slots, e, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    """Where each slot goes: behind those of its expert in earlier blocks (starts [e blocks]), and before it in this one."""
+def place(experts, starts, position, order, slots, e, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, REST: tl.constexpr):
+    """Where each slot goes: behind those of its expert in earlier blocks (starts [e blocks]), and before it in this one; and what came
+    to each place."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    which = tl.load(experts + at, mask=at < slots, other=-1)
+    which = chosen(experts, at, slots, e, REST)
     col = tl.arange(0, EXPERTS)
     mine = (which[:, None] == col[None, :]).to(tl.int32)
     before = tl.cumsum(mine, 0) - mine
     first = tl.load(starts + col * tl.num_programs(0) + tl.program_id(0), mask=col < e, other=0)
-    tl.store(position + at, tl.sum(mine * (before + first[None, :]), 1).to(tl.int32), mask=at < slots)
+    to = tl.sum(mine * (before + first[None, :]), 1).to(tl.int32)
+    tl.store(position + at, to, mask=at < slots)
+    if order is not None:
+        tl.store(order + to, at.to(tl.int32), mask=at < slots)
 
 
 @triton.jit

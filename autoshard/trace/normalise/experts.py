@@ -19,27 +19,36 @@ KEEP = ("aten.reshape.default", "aten.permute.default", "aten.expand.default", "
 
 def experts(captured: Captured) -> Captured:
     """Recognise products with gathered matrices."""
-    return rewrite(captured, {"aten.bmm.default": bmm, "aten.matmul.default": bmm})
+    wrapped: dict[tuple[str, int], Ref] = {}
+
+    def rule(b: Builder, x: Ref, y: Ref) -> Any:
+        return bmm(b, x, y, wrapped)
+
+    return rewrite(captured, {"aten.bmm.default": rule, "aten.matmul.default": rule})
 
 
-def bmm(b: Builder, x: Ref, y: Ref) -> Any:
+def bmm(b: Builder, x: Ref, y: Ref, wrapped: dict[tuple[str, int], Ref]) -> Any:
+    """`wrapped`: index and count of matrices → the index without negative numbers, one value for all products that take it."""
     rows = b.shape(x)[0] if b.ndim(x) else 1
     if b.ndim(x) != 3 or b.ndim(y) != 3 or b.shape(y)[0] != rows:
         return NotImplemented
     if b.shape(y)[2] == 1 and (chosen := _chosen(b, x)) is not None:  # [t n k] [t k 1]
         w, index = chosen
-        return b.reshape(_op(b, b.reshape(y, (rows, b.shape(y)[1])), w, index), (rows, b.shape(x)[1], 1))
+        return b.reshape(_op(b, b.reshape(y, (rows, b.shape(y)[1])), w, index, wrapped), (rows, b.shape(x)[1], 1))
     if b.shape(x)[1] == 1 and (chosen := _chosen(b, y)) is not None:  # [t 1 k] [t k n]
         w, index = chosen
-        out = _op(b, b.reshape(x, (rows, b.shape(x)[2])), b.permute(w, (0, 2, 1)), index)
+        out = _op(b, b.reshape(x, (rows, b.shape(x)[2])), b.permute(w, (0, 2, 1)), index, wrapped)
         return b.reshape(out, (rows, 1, b.shape(y)[2]))
     return NotImplemented
 
 
-def _op(b: Builder, x: Ref, w: Ref, index: Ref) -> Ref:
+def _op(b: Builder, x: Ref, w: Ref, index: Ref, wrapped: dict[tuple[str, int], Ref]) -> Ref:
     if not _never_negative(b, index):  # a negative index counts from the end
-        wrapped = b.op("aten.add.Tensor", index, b.shape(w)[0])
-        index = b.op("aten.where.self", b.op("aten.lt.Scalar", index, 0), wrapped, index)
+        count = b.shape(w)[0]
+        if (index.name, count) not in wrapped:
+            from_end = b.op("aten.add.Tensor", index, count)
+            wrapped[index.name, count] = b.op("aten.where.self", b.op("aten.lt.Scalar", index, 0), from_end, index)
+        index = wrapped[index.name, count]
     return b.op("autoshard.experts.default", x, w, index)  # type: ignore[no-any-return]
 
 

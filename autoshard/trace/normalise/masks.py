@@ -6,7 +6,6 @@ that is `causal & rest` leaves only `rest`, and a mask that admits everything is
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -49,8 +48,7 @@ def masks(captured: Captured) -> Captured:
 
 def _conjuncts(b: Builder, mask: Ref) -> list[Ref]:
     """The parts whose conjunction the mask is; expands are looked through."""
-    while (wide := b.made_by(mask, "aten.expand.default")) is not None:
-        mask = wide.args[0]
+    mask = _unexpanded(b, mask)
     for target in ANDS:
         made = b.made_by(mask, target)
         if made is not None and all(isinstance(a, Ref) and b.dtype(a) == "bool" for a in made.args):
@@ -60,7 +58,8 @@ def _conjuncts(b: Builder, mask: Ref) -> list[Ref]:
 
 def _kind(b: Builder, mask: Ref, s: int, t: int) -> str:
     """ "causal", "all" (admits everything), or "" for any other."""
-    if math.prod(b.shape(mask)) == s * t and (compared := _comparison(b, mask)) is not None:
+    compared = _comparison(b, mask)
+    if compared is not None and (len(compared[1]), len(compared[2])) == (t, s):
         return _kind_of_comparison(*compared)
     found = _contents(b, mask)
     if found is None or any(size != 1 for size in found.shape[:-2]):
@@ -77,12 +76,13 @@ def _kind(b: Builder, mask: Ref, s: int, t: int) -> str:
 
 
 def _comparison(b: Builder, mask: Ref) -> tuple[str, Tensor, Tensor] | None:
-    """`key ? query` where the mask compares a constant per key with one per query: the relation (le or lt), keys, queries."""
+    """`key ? query` where the mask compares a constant per key with one per query, the same for the whole batch: the relation (le or lt),
+    keys, queries."""
     op = b.producer.get(mask.name)
     if op is None or op.target not in COMPARISONS or not all(isinstance(a, Ref) for a in op.args):
         return None
     relation = COMPARISONS[op.target]
-    tensors = [b.constants.get(a.name) for a in op.args]
+    tensors = [b.constants.get(_unexpanded(b, a).name) for a in op.args]
     if any(x is None or x.ndim < 2 or x.numel() != max(x.shape[-2:]) or 1 not in x.shape[-2:] for x in tensors):
         return None
     left, right = (x.reshape(x.shape[-2:]) for x in tensors if x is not None)
@@ -94,6 +94,12 @@ def _comparison(b: Builder, mask: Ref) -> tuple[str, Tensor, Tensor] | None:
     if relation in ("ge", "gt"):  # key ≥ query is -key ≤ -query
         keys, queries, relation = -keys, -queries, MIRROR[relation]
     return relation, keys, queries
+
+
+def _unexpanded(b: Builder, value: Ref) -> Ref:
+    while (wide := b.made_by(value, "aten.expand.default")) is not None:
+        value = wide.args[0]
+    return value
 
 
 def _kind_of_comparison(relation: str, keys: Tensor, queries: Tensor) -> str:
