@@ -39,7 +39,8 @@ class Plan:
     """`cuts`: the first block of each stage. `ops`: op → one strategy per inner axis (dp, tp). `storage`: parameter value → where it
     is stored between steps. `inputs`: source value → layout. `instructions`: one list per stage. `merge`: linears that run as one matmul
     (`plan.merge`). `bucket_bytes`: what travels together is at most this large, as used; `buckets`: the first block of each bucket of
-    parameters (`plan.buckets`). `kernels`: those that `lower` puts where it finds what they compute. `predicted`: seconds and bytes.
+    parameters (`plan.buckets`). `kernels`: those that `lower` puts where it finds what they compute. `precision`: linear →
+    recipe (`plan.precision`); what isn't there computes in its own dtype. `predicted`: seconds and bytes.
     `notes`: what was decided for a reason that a user may want to know. `runners_up`: what else was looked at, and its step time."""
 
     graph: str
@@ -55,6 +56,7 @@ class Plan:
     bucket_bytes: int
     buckets: tuple[int, ...]
     kernels: list[str]
+    precision: dict[str, str] = field(default_factory=dict)
     predicted: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     runners_up: list[dict[str, Any]] = field(default_factory=list)
@@ -90,6 +92,7 @@ class Plan:
             "bucket_bytes": self.bucket_bytes,
             "buckets": list(self.buckets),
             "kernels": self.kernels,
+            "precision": self.precision,
             "instructions": schedules.to_text(self.instructions).splitlines(),
         }
         return yaml.safe_dump(data, sort_keys=False, width=1000, allow_unicode=True)
@@ -213,6 +216,7 @@ _READERS: dict[str, Any] = {
     "bucket_bytes": _size,
     "buckets": _starts,
     "kernels": _list_of(str),
+    "precision": _Each(_text),
     "ops": _Each(_strategies),
     "storage": _Each(_layout),
     "inputs": _Each(_layout),

@@ -52,7 +52,8 @@ def search(
     "storage" (parameter path → type on tp, as text), "ops" (op → strategy on tp, as text), "divide" (bool: divide parameters and
     matmuls over tp wherever that is possible, whatever it costs; the default where `mesh` is given), "merge" (linears of one input
     as one matmul: all that may be, none, or lists of their weights' paths), "buckets" (bytes of parameters, as used, that travel
-    together; 0: each alone), "kernels" (names: put these where the model computes what they do). `memory`: bytes per rank.
+    together; 0: each alone), "kernels" (names: put these where the model computes what they do), "precision" (a recipe of
+    `plan.precision`: linears multiply in fp8 where that pays). `memory`: bytes per rank.
     `progress` is told what is being looked at. Raises PinError for pins that can't be, and NoPlanError with the reasons of the nearest
     candidates; `candidates` has all.
     """
