@@ -121,7 +121,9 @@ class Parallel:
     cluster: str | None = key(None, "a YAML file or a catalogue name with a count (h100x8); null: this machine")
     plan: str | None = key(None, "a plan's file (autoshard plan --save) instead of a search")
     microbatches: int | None = key(None, "their count; null: the planner chooses", low=1)
-    pins: dict[str, Any] = key({}, "decisions to hold fixed: schedule, cuts, zero, storage, ops, divide, merge, buckets, kernels, precision")
+    pins: dict[str, Any] = key(
+        {}, "decisions to hold fixed: schedule, cuts, zero, storage, ops, divide, merge, buckets, kernels, precision"
+    )
     device: str | None = key(None, "cpu or cuda; null: a GPU where there is one", choices=("cpu", "cuda"))
     compile: bool | None = key(None, "whether graphs go through torch.compile; null: on cuda")
 

@@ -1,7 +1,7 @@
 """fp8: casts with one scale a tensor, and a linear layer on torch._scaled_mm.
 
-fp8_cast       q = round(clamp(x · scale)) in e4m3 or e5m2 with a scale that is known, and qᵀ from the same reading: what a program's fp8 linears
-               use, whose amax (`largest`, plain torch) a compiler fuses into whatever makes x
+fp8_cast       q = round(clamp(x · scale)) in e4m3 or e5m2 with a scale that is known, and qᵀ from the same reading: what a program's fp8
+               linears use, whose amax (`largest`, plain torch) a compiler fuses into whatever makes x
 quantise       q = round(clamp(x · scale)) in e4m3 (for values) or e5m2 (for gradients), and its transpose from the same reading, which
 the other
                matmuls of a linear layer need: fp8 matmuls take both operands along the summed dim.

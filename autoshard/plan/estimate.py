@@ -68,9 +68,7 @@ class BlockCosts:
         return {**found, "total": sum(found.values())}
 
 
-def block_costs(
-    space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices, fp8: Collection[str] = ()
-) -> BlockCosts:
+def block_costs(space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices, fp8: Collection[str] = ()) -> BlockCosts:
     """A parameter counts where it is used first. `fp8`: linears that keep their input in 8 bits."""
     graph = space.split.graph
     ops = {op.name: op for op in graph.ops}

@@ -112,7 +112,9 @@ def check(precision: Mapping[str, str], graph: Graph, groups: Sequence[Group], p
             raise PlanFileError(f"precision.{name}: it isn't a linear whose weight is a parameter", hint="others have no fp8 form")
     for group in groups:
         if len({precision.get(name) for name in group}) > 1:
-            raise PlanFileError(f"precision: {' '.join(group)} are one matmul", hint="give all of them the same precision, or don't merge them")
+            raise PlanFileError(
+                f"precision: {' '.join(group)} are one matmul", hint="give all of them the same precision, or don't merge them"
+            )
 
 
 def _linear(graph: Graph, op: Op) -> bool:

@@ -134,8 +134,8 @@ class Prices:
         return "float8_e4m3fn" in dict(self.device.peak)
 
     def halving(self, m: int, n: int, k: int, dtype: str, wanted: bool, trained: bool) -> float:
-        """Seconds of a microbatch that a linear saves in fp8. Its casts: two bytes written an element and one reading (the largest magnitude
-        is taken where a tensor is made); of the weight, two readings, once a step."""
+        """Seconds of a microbatch that a linear saves in fp8. Its casts: a reading and two bytes written an element (the largest
+        magnitude is taken where a tensor is made); of the weight, two readings, once a step."""
         size, grads = ITEMSIZE[dtype], wanted or trained
 
         def three(kind: str) -> float:
