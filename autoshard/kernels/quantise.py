@@ -120,7 +120,7 @@ def fp8_cast(x: Tensor, scale: Tensor, kind: str, transpose: bool) -> tuple[Tens
     if x.dim() != 2:
         raise ValueError(f"fp8_cast: found {x.dim()} dims; expected a matrix")
     if not (backend.fused(x) and applies(x, scale, kind, transpose, capability=backend.capability(x))):
-        return reference(x, scale, kind, transpose)[:2]
+        return cast_reference(x, scale, kind, transpose)
     from .device import quantise as device
 
     (r, c), rows = x.shape, backend.rows(x)
@@ -129,7 +129,7 @@ def fp8_cast(x: Tensor, scale: Tensor, kind: str, transpose: bool) -> tuple[Tens
     device.cast[backend.blocks(r, WIDE), backend.blocks(c, WIDE)](
         rows, scale.float(), q, turned if transpose else None, None, r, c, rows.stride(0), torch.finfo(dtype).max,
         BITS=3 if kind == "e4m3" else 2, LOWEST=-6 if kind == "e4m3" else -14, BY_HAND=x.device.type == "cpu", ROWS=WIDE, COLS=WIDE,
-        num_warps=2 * WARPS,
+        CLAMP=x.device.type == "cpu", num_warps=2 * WARPS,  # a GPU's cast saturates by itself
     )  # fmt: skip
     return q, turned
 
@@ -251,6 +251,10 @@ def applies(x: Tensor, scale: Tensor | None, kind: str, transpose: bool = False,
     return (capability is None or capability >= (8, 9)) and x.dtype in (torch.float32, *backend.HALF) and x.numel() > 0 and x.dim() == 2
 
 
+def cast_reference(x: Tensor, scale: Tensor, kind: str, transpose: bool) -> tuple[Tensor, Tensor]:
+    return reference(x, scale, kind, transpose)[:2]
+
+
 def linear_applies(x: Tensor, weight: Tensor, capability: backend.Capability = None) -> bool:
     """Where fp8 is a gain: Ada and later, and sizes that its matmul takes."""
     return applies(x, None, "e4m3", capability=capability) and all(n % 16 == 0 and n > 0 for n in (*x.shape, *weight.shape))
@@ -260,6 +264,12 @@ def cost(*shapes: backend.Shape, itemsize: int = 2) -> tuple[float, float]:
     """Two readings, and two writings of a byte."""
     elements = math.prod(shapes[0])
     return 4.0 * elements, elements * (2.0 * itemsize + 2.0)
+
+
+def cast_cost(*shapes: backend.Shape, itemsize: int = 2) -> tuple[float, float]:
+    """A reading, and two writings of a byte."""
+    elements = math.prod(shapes[0])
+    return 3.0 * elements, elements * (itemsize + 2.0)
 
 
 def linear_cost(*shapes: backend.Shape, itemsize: int = 2) -> tuple[float, float]:
