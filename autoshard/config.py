@@ -121,7 +121,9 @@ class Parallel:
     cluster: str | None = key(None, "a YAML file or a catalogue name with a count (h100x8); null: this machine")
     plan: str | None = key(None, "a plan's file (autoshard plan --save) instead of a search")
     microbatches: int | None = key(None, "their count; null: the planner chooses", low=1)
-    pins: dict[str, Any] = key({}, "decisions to hold fixed: schedule, cuts, zero, storage, ops, divide, merge, buckets, kernels")
+    pins: dict[str, Any] = key(
+        {}, "decisions to hold fixed: schedule, cuts, zero, storage, ops, divide, merge, buckets, kernels, precision"
+    )
     device: str | None = key(None, "cpu or cuda; null: a GPU where there is one", choices=("cpu", "cuda"))
     compile: bool | None = key(None, "whether graphs go through torch.compile; null: on cuda")
 
@@ -422,6 +424,7 @@ _PINS: dict[str, tuple[str, Any]] = {
     "ops": ("op: strategy", _texts),
     "divide": ("true or false", lambda v: isinstance(v, bool)),
     "merge": ("true, false, or lists of parameters", lambda v: isinstance(v, bool) or _lists_of_text(v)),
+    "precision": ("a recipe's name", lambda v: isinstance(v, str)),
     "kernels": ("a list of names", lambda v: _lists_of_text([v])),
     "buckets": ("a number of bytes", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0),
 }

@@ -199,6 +199,9 @@ def fp8(make: Maker) -> Iterator[Case]:
     a = make.a
     entry = KERNELS["quantise"]
     yield Case(entry, [make(a.tokens, a.hidden), None, "e4m3", True], [], Op.quantise, entry.reference)
+    entry = KERNELS["fp8_cast"]
+    for rows, cols in ((a.tokens, a.hidden), (a.tokens, 2 * a.ffn)):
+        yield Case(entry, [make(rows, cols), torch.ones((), device=make.device), "e4m3", True], [], Op.fp8_cast, entry.reference)
     entry = KERNELS["fp8_linear"]
     x, w = make(a.tokens, a.hidden), make(a.ffn, a.hidden, scale=a.hidden**-0.5)
     yield Case(entry, [x, w], [0, 1], Op.fp8_linear, entry.reference, {"bf16": F.linear}, against="bf16", tolerance=3e-2)

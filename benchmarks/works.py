@@ -197,7 +197,7 @@ def parameters(c: Shape) -> int:
 _8B = Shape(layers=6, hidden=4096, ffn=14336, heads=32, kv=8, vocab=32000, seq=4096, batch=2)
 _12 = replace(_8B, layers=12)
 _350M = Shape(layers=24, hidden=1024, ffn=4096, heads=16, kv=16, dropout=0.1)
-_FP8 = ("plain-compile", "megatron", "megatron-fp8-delayed", "megatron-fp8-tensorwise")
+_FP8 = ("plain-compile", "megatron", "ours-fp8", "megatron-fp8-delayed", "megatron-fp8-tensorwise")
 
 WORKS: dict[str, Work] = {
     work.name: work

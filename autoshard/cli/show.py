@@ -144,6 +144,11 @@ class View:
         graph = split_time(self.graph, self.plan.microbatches).graph
         return dict(Counter(", ".join(map(pattern, group)) for group in weights(self.plan.merge, graph)))
 
+    @cached_property
+    def precision(self) -> dict[str, int]:
+        """Recipe → how many linears."""
+        return dict(Counter(self.plan.precision.values()))
+
     @property
     def memory(self) -> list[float]:
         found = self.plan.predicted.get("memory_bytes", [])
@@ -164,6 +169,7 @@ class View:
             "cuts": list(plan.cuts),
             "predicted": plan.predicted,
             "fits": all(m <= self.limit for m in self.memory),
+            "precision": self.precision,
             "merged": [{"weights": names.split(", "), "count": count} for names, count in self.merged.items()],
             "buckets": list(plan.buckets),
             "bucket_bytes": plan.bucket_bytes,
@@ -241,6 +247,8 @@ def _summary(view: View) -> RenderableType:
         table.add_row("memory", f"{bytes_text(max(view.memory))} of {bytes_text(view.limit)} a rank")
     for names, count in view.merged.items():
         table.add_row("merged linears", names + (f" (×{count})" if count > 1 else ""))
+    for recipe, count in view.precision.items():
+        table.add_row("precision", f"{count} linear{'s' if count > 1 else ''} in {recipe}")
     if plan.mesh.size("dp") * plan.mesh.size("tp") > 1:
         size = f"up to {bytes_text(plan.bucket_bytes)} together" if plan.bucket_bytes else "each parameter alone"
         table.add_row("parameters travel", f"in {len(plan.buckets)} bucket{'s' if len(plan.buckets) > 1 else ''}, {size}")

@@ -1,11 +1,14 @@
 """fp8: casts with one scale a tensor, and a linear layer on torch._scaled_mm.
 
+fp8_cast       q = round(clamp(x · scale)) in e4m3 or e5m2 with a scale that is known, and qᵀ from the same reading: what a program's fp8
+               linears use, whose amax (`largest`, plain torch) a compiler fuses into whatever makes x
 quantise       q = round(clamp(x · scale)) in e4m3 (for values) or e5m2 (for gradients), and its transpose from the same reading, which
 the other
                matmuls of a linear layer need: fp8 matmuls take both operands along the summed dim.
                Without `scale` it is made of this tensor's amax (two readings); with one (delayed scaling, `delayed_scale` of earlier
                amaxes) one reading does. Returns 1 / scale, which a matmul multiplies by, and this tensor's amax, for the history.
 scaled_matmul  a bᵀ · (a's 1 / scale) · (b's 1 / scale): torch._scaled_mm from Ada on, elsewhere the same numbers multiplied in float32
+               (float64 for float64); also as an operator, fp8_matmul
 fp8_linear     y = x Wᵀ, dx = dy W, dW = dyᵀ x, each of fp8 operands: x and W in e4m3, dy in e5m2, scaled by their amax. Between forward and
                backward it keeps the transposes in fp8, half of what bf16 takes.
 
@@ -31,6 +34,7 @@ KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 PREFER_CUDA = True  # to Triton, where it applies
 ROWS, COLS = 64, 128  # of a Triton program's tile
 WARPS = 4
+WIDE = 128  # side of a tile of fp8_cast: a row of the transpose fills a cache line
 
 
 def _dtype(kind: str) -> torch.dtype:
@@ -43,6 +47,17 @@ def _scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """The largest magnitude becomes the largest number; 1 where that means nothing."""
     scale = torch.finfo(dtype).max / amax
     return torch.where((amax > 0) & scale.isfinite(), scale, torch.ones_like(scale))
+
+
+def largest(x: Tensor) -> Tensor:
+    """amax of a matrix, in float32. By rows first: a reduction over rows fuses with the norm or the product that makes x, one over all
+    doesn't."""
+    return x.abs().amax(-1).amax().float()
+
+
+def scale_of(amax: Tensor, kind: str) -> Tensor:
+    """The scale under which the largest magnitude becomes the format's largest number."""
+    return _scale(amax, _dtype(kind))
 
 
 def delayed_scale(history: Tensor, kind: str, margin: int = 0) -> Tensor:
@@ -125,6 +140,33 @@ def _(x: Tensor, scale: Tensor | None, kind: str, transpose: bool = False) -> tu
     return x.new_empty((r, c), dtype=dtype), x.new_empty((c, r) if transpose else 0, dtype=dtype), one, torch.empty_like(one)
 
 
+@torch.library.custom_op("autoshard::fp8_cast", mutates_args=())
+def fp8_cast(x: Tensor, scale: Tensor, kind: str, transpose: bool) -> tuple[Tensor, Tensor]:
+    """q [r c], and qᵀ [c r] (empty unless `transpose`)."""
+    dtype = _dtype(kind)
+    if x.dim() != 2:
+        raise ValueError(f"fp8_cast: found {x.dim()} dims; expected a matrix")
+    if not (backend.fused(x) and applies(x, scale, kind, transpose, capability=backend.capability(x))):
+        return cast_reference(x, scale, kind, transpose)
+    from .device import quantise as device
+
+    (r, c), rows = x.shape, backend.rows(x)
+    q = x.new_empty((r, c), dtype=dtype)
+    turned = x.new_empty((c, r) if transpose else 0, dtype=dtype)
+    device.cast[backend.blocks(r, WIDE), backend.blocks(c, WIDE)](
+        rows, scale.float(), q, turned if transpose else None, None, r, c, rows.stride(0), torch.finfo(dtype).max,
+        BITS=3 if kind == "e4m3" else 2, LOWEST=-6 if kind == "e4m3" else -14, BY_HAND=x.device.type == "cpu", ROWS=WIDE, COLS=WIDE,
+        CLAMP=x.device.type == "cpu", num_warps=2 * WARPS,  # a GPU's cast saturates by itself
+    )  # fmt: skip
+    return q, turned
+
+
+@fp8_cast.register_fake
+def _(x: Tensor, scale: Tensor, kind: str, transpose: bool) -> tuple[Tensor, Tensor]:
+    (r, c), dtype = x.shape, _dtype(kind)
+    return x.new_empty((r, c), dtype=dtype), x.new_empty((c, r) if transpose else 0, dtype=dtype)
+
+
 # ---- the matmul
 
 
@@ -132,7 +174,18 @@ def scaled_matmul(a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, dt
     """a [m k] · b [n k]ᵀ. `fast`: Hopper may add up with fewer bits, which is for forward alone."""
     if _scaled_mm_applies(a, b):
         return torch._scaled_mm(a, b.t(), scale_a=a_inverse, scale_b=b_inverse, out_dtype=dtype, use_fast_accum=fast)
-    return ((a.float() @ b.float().t()) * (a_inverse * b_inverse)).to(dtype)
+    work = backend.work(dtype)
+    return ((a.to(work) @ b.to(work).t()) * (a_inverse * b_inverse)).to(dtype)
+
+
+@torch.library.custom_op("autoshard::fp8_matmul", mutates_args=())
+def fp8_matmul(a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    return scaled_matmul(a, b, a_inverse, b_inverse, dtype, fast)
+
+
+@fp8_matmul.register_fake
+def _(a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
 def _scaled_mm_applies(a: Tensor, b: Tensor) -> bool:
@@ -225,6 +278,10 @@ def applies(x: Tensor, scale: Tensor | None, kind: str, transpose: bool = False,
     return (capability is None or capability >= (8, 9)) and x.dtype in (torch.float32, *backend.HALF) and x.numel() > 0 and x.dim() == 2
 
 
+def cast_reference(x: Tensor, scale: Tensor, kind: str, transpose: bool) -> tuple[Tensor, Tensor]:
+    return reference(x, scale, kind, transpose)[:2]
+
+
 def linear_applies(x: Tensor, weight: Tensor, capability: backend.Capability = None) -> bool:
     """Where fp8 is a gain: Ada and later, and sizes that its matmul takes."""
     return applies(x, None, "e4m3", capability=capability) and all(n % 16 == 0 and n > 0 for n in (*x.shape, *weight.shape))
@@ -234,6 +291,12 @@ def cost(*shapes: backend.Shape, itemsize: int = 2) -> tuple[float, float]:
     """Two readings, and two writings of a byte."""
     elements = math.prod(shapes[0])
     return 4.0 * elements, elements * (2.0 * itemsize + 2.0)
+
+
+def cast_cost(*shapes: backend.Shape, itemsize: int = 2) -> tuple[float, float]:
+    """A reading, and two writings of a byte."""
+    elements = math.prod(shapes[0])
+    return 3.0 * elements, elements * (itemsize + 2.0)
 
 
 def linear_cost(*shapes: backend.Shape, itemsize: int = 2) -> tuple[float, float]:

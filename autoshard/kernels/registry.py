@@ -226,6 +226,14 @@ KERNELS = Table(
             applies=quantise.applies,
             cost=quantise.cost,
         ),
+        Kernel(
+            name="fp8_cast",
+            op="autoshard.fp8_cast.default",
+            reference=quantise.cast_reference,
+            rule="r c, -> r c, c r",
+            applies=quantise.applies,
+            cost=quantise.cast_cost,
+        ),
         Kernel(  # scales are those of whole tensors: cut, a shard would have its own
             name="fp8_linear",
             op="autoshard.fp8_linear.default",

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import PlanFileError
 from ..layout import I, Layout, R
-from ..plan import buckets, merge, schedules
+from ..plan import buckets, merge, precision, schedules
 from ..plan.microbatch import TimeSplit, split_time
 from ..plan.plan import Plan
 from ..plan.stages import crossings, needed_data, stage_of
@@ -76,6 +76,7 @@ class _Builder:
         self.sizes = (mesh.size("dp"), mesh.size("tp"))
         merge.check(self.plan.merge, self.graph, self.blocks, self.plan.ops, self.plan.storage, self.sizes)
         kernels.check(self.plan.kernels)
+        precision.check(self.plan.precision, self.graph, self.plan.merge, self.plan.ops)
         if not buckets.legal(self.plan.buckets, self.plan.cuts, len(self.blocks)):
             raise PlanFileError(
                 f"buckets {list(self.plan.buckets)} of {len(self.blocks)} blocks that are cut at {list(self.plan.cuts)}",
@@ -109,6 +110,7 @@ class _Builder:
             self.captured.opaque,
             self.plan.merge,
             self.plan.kernels,
+            self.plan.precision,
         )
         return _Rank(self, part, rank, coords, stage).build()
 
@@ -173,7 +175,8 @@ class _Rank:
         once_for = wanted_names + ([p.name.split("|")[0] for p in data.inputs if not p.name.startswith("@")] if data else [])
         once = self._data(b.split.once, once_for, "prologue")
         gathers = [self.part.gather(bucket) for bucket in self._buckets()]
-        everything = [r for r in (*gathers, once, data, *routines) if r]
+        casts = self._casts(routines)
+        everything = [r for r in (*gathers, *casts, once, data, *routines) if r]
         loss = value_name(graph.loss, b.root_layout[graph.loss]) if graph.loss and b.home[b.producer[graph.loss].name] == self.stage else ""
         for routine in routines:
             b.repeated(routine)
@@ -191,7 +194,7 @@ class _Rank:
             params=self._params(uses),
             buffers={v.path: self._slot(v.name, (R, R)) for v in graph.sources("buffer")},
             instructions=b.plan.instructions[self.stage],
-            gathers=tuple(self._call(r, b.plan.bucket_bytes) for r in gathers),
+            gathers=(*(self._call(r, b.plan.bucket_bytes) for r in gathers), *map(self._call, casts)),
             once=self._call(once) if once else None,
             data=self._call(data) if data else None,
             blocks=calls,
@@ -260,6 +263,16 @@ class _Rank:
                 if name == names[0]:
                     found[-1].append(self._gathered(names, use))
         return [bucket for bucket in found if bucket]
+
+    def _casts(self, routines: Sequence[Routine]) -> list[Routine]:
+        """For each block, the casts of its weights that no block before it has made."""
+        known: set[tuple[str, bool]] = set()
+        found = []
+        for routine in routines:
+            new = [cast for cast in routine.casts if (cast[0], cast[2]) not in known]
+            known.update((env, turn) for env, _, turn in new)
+            found.append(self.part.casts(new))
+        return [routine for routine in found if routine.steps]
 
     def _gathered(self, names: Sequence[str], use: Layout) -> Gathered:
         b = self.build_

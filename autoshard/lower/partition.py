@@ -6,6 +6,7 @@ steps over named local tensors, and the rank inputs it needs.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from ..plan.space import AXES, Pair
 from ..trace.graph import Graph, Op, Ref, Tensor, map_refs
 from ..trace.interpret import call
 from ..trace.ops.local import localize
-from . import bodies
+from . import bodies, fp8
 from .collectives import Local, Spot, indices, local_cut, move
 from .fuse import Merged, fuse, joined, linears
 from .kernels import place
@@ -59,6 +60,7 @@ class Partitioner:
     opaque: Mapping[str, Fn] = field(default_factory=dict)
     merge: Sequence[tuple[str, ...]] = ()
     kernels: Sequence[str] = ()
+    precision: Mapping[str, str] = field(default_factory=dict)
 
     def local(self, name: str, layout: Layout) -> Tensor:
         v = self.graph.values[name]
@@ -96,6 +98,16 @@ class Partitioner:
             build.gathered(each)
         return build.routine
 
+    def casts(self, weights: Sequence[tuple[str, Tensor, bool]]) -> Routine:
+        """Weights as used → their casts to fp8."""
+        routine = Routine(label="casts")
+        for env, tensor, turn in weights:
+            routine.inputs.append(Port(env, tensor, False, param=True))
+            cast = fp8.names(env, turn)
+            routine.steps.append(Step(functools.partial(fp8.cast, transpose=turn), (env,), cast, f"fp8 cast {turn}"))
+            routine.outputs += [Port(name, spec, False) for name, spec in zip(cast, fp8.specs(tensor, turn), strict=True)]
+        return routine
+
 
 class _Builder:
     def __init__(self, part: Partitioner, routine: Routine, params: Mapping[str, str]) -> None:
@@ -126,6 +138,10 @@ class _Builder:
             self.seen.append((name, layout))
             outs.append(value_name(name, layout))
         out_layout = tuple(s.outs[0] for s in pair)
+        if op.name in part.precision:
+            weight = part.local(op.inputs[1], layouts[op.inputs[1]])
+            self.eight((op,), ins, weight, [weight.shape[0]], outs)
+            return
         local = replace_args(op, localize(op, held, part.local(op.outs[0], out_layout).shape))
         body_axes = [a for a, s in enumerate(pair) if s.body]
         extra: list[str] = []
@@ -154,11 +170,35 @@ class _Builder:
             layout = self.layouts[op.outs[0]] = tuple(s.outs[0] for s in pair)
             self.seen.append((op.outs[0], layout))
             outs.append(value_name(op.outs[0], layout))
+        if group.ops[0].name in part.precision:
+            self.eight(group.ops, [x, weight], tensor, rows, outs)
+            return
         self.known.update(outs)
         step = Step(
             lambda x, w: linears(x, w, rows), (x, weight), tuple(outs), f"merged linear {rows}", group.ops[0].source, rows=tuple(rows)
         )
         self.routine.steps.append(step)
+
+    def eight(self, ops: Sequence[Op], ins: Sequence[str], weight: Tensor, rows: Sequence[int], outs: Sequence[str]) -> None:
+        """Linears of one input in fp8. `ins`: x, the weight, and a bias if there is one. The weight's casts come in."""
+        (x, w, *bias), (first, *_) = ins, ops
+        of_x, of_weight = (self.part.graph.values[name].grad for name in first.inputs[:2])
+        mine, theirs = fp8.names(x, of_weight), fp8.names(w, of_x)
+        if mine.plain not in self.known:
+            self.known.update(mine)
+            cast = functools.partial(fp8.cast, transpose=of_weight)
+            self.routine.steps.append(Step(cast, (x,), mine, f"fp8 cast {of_weight}", first.source))
+        if theirs.plain not in self.known:
+            self.known.update(theirs)
+            self.routine.casts.append((w, weight, of_x))
+            self.routine.inputs += [Port(n, s, False, param=True) for n, s in zip(theirs, fp8.specs(weight, of_x), strict=True)]
+
+        def fn(x: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return fp8.linears(x, w, rest[0] if bias else None, rest[len(bias) :], rows)
+
+        self.known.update(outs)
+        text = f"fp8 linear {list(rows)} {bool(bias)}"
+        self.routine.steps.append(Step(fn, (x, w, *bias, *mine, *theirs), tuple(outs), text, first.source))
 
     def gathered(self, each: Gathered) -> None:
         """Parameters on their way into the loop."""

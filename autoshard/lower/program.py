@@ -179,7 +179,8 @@ class RankProgram:
 
     `params`, `buffers`: what it stores, by the model's names. Environment names: a stored parameter is `param:PATH`, a buffer
     `buffer:PATH`; graph inputs, constants and rank inputs are in `inputs`, `constants`, `rank_inputs`.
-    `gathers` (P), one a bucket: stored parameters → parameters as used in the loop; their backwards (G) take the gradients accumulated
+    `gathers` (P), one a bucket: stored parameters → parameters as used in the loop (and after them, a block's weights → their casts to
+    fp8, without gradients); their backwards (G) take the gradients accumulated
     over microbatches to the gradients of the stored shards. `once` (D): the data prologue, over the whole batch.
     `data`: data-only values of a microbatch, run before the first block of F. `blocks`: the stage's blocks in order.
     `sends`/`receives`: (src, dst) → the values that travel forward on that edge; of these `grad_values` send gradients back.

@@ -54,6 +54,8 @@ class Routine:
     steps: list[Step] = field(default_factory=list)
     rank_inputs: dict[str, RankInput] = field(default_factory=dict)
     label: str = ""
+    casts: list[tuple[str, Tensor, bool]] = field(default_factory=list)
+    """Weights whose casts to fp8 come in: the name that they are used by, the local tensor, whether the transpose is needed."""
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run it. Under a tracer, the nodes carry the user's source lines as their stack traces."""

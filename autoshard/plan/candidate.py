@@ -19,7 +19,7 @@ from ..layout import I, Layout, R
 from ..mesh import Mesh
 from ..trace.blocks import Block, find_blocks
 from ..trace.graph import Graph
-from . import buckets, merge, schedules
+from . import buckets, merge, precision, schedules
 from .cluster import Cluster
 from .costs import collective
 from .estimate import BlockCosts, block_costs
@@ -295,10 +295,21 @@ class Candidates:
     def _costs(self, space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices) -> BlockCosts:
         """What blocks cost, their linears merged and their parameters' moves in buckets."""
         graph, size = space.split.graph, int(self.pins.get("buckets", buckets.BUCKET))
-        costs = block_costs(space, blocks, placed, prices)
+        chosen = self.chosen(space, blocks, placed, prices)
+        costs = block_costs(space, blocks, placed, prices, chosen.ops)
         buckets.credit(costs.gather, costs.reduce, graph, blocks, placed, prices, space.sizes, size)
         merge.credit(costs.compute, graph, blocks, placed, prices, space.sizes, self.pins.get("merge"))
+        precision.credit(costs.compute, costs.params, graph, blocks, placed, chosen, space.sizes)
         return costs
+
+    def chosen(self, space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices) -> precision.Chosen:
+        """Which linears run in fp8."""
+        recipe = self.pins.get("precision")
+        if not recipe:
+            return precision.Chosen()
+        graph = space.split.graph
+        groups, _ = merge.decide(graph, blocks, placed, prices, space.sizes, self.pins.get("merge"))
+        return precision.choose(graph, blocks, placed, prices, space.sizes, groups, recipe)
 
     # ---- stages and the clock -------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ In: the graph of one microbatch, its blocks, the placements chosen, prices. Out:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -88,8 +88,8 @@ class BlockCosts:
         return {**found, "total": sum(found.values())}
 
 
-def block_costs(space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices) -> BlockCosts:
-    """A parameter counts where it is used first."""
+def block_costs(space: Space, blocks: Sequence[Block], placed: Placements, prices: Prices, fp8: Collection[str] = ()) -> BlockCosts:
+    """A parameter counts where it is used first. `fp8`: linears that keep their input in 8 bits."""
     graph = space.split.graph
     ops, producer = {op.name: op for op in graph.ops}, graph.producer()
     held: dict[str, Layout] = dict(space.held)
@@ -125,9 +125,10 @@ def block_costs(space: Space, blocks: Sequence[Block], placed: Placements, price
                     sizes = param_bytes(v.tensor, storage, want, space.sizes, v.grad)
                     for part, size in zip((costs.params, costs.grads, costs.optimizer), sizes, strict=True):
                         part[i] += size
-        key = (block.kind, tuple(id(placed.ops[n]) for n in block.ops), tuple(held.get(n) for b in block.ops for n in ops[b].inputs))
+        eight = tuple(n in fp8 for n in block.ops)
+        key = (block.kind, eight, tuple(id(placed.ops[n]) for n in block.ops), tuple(held.get(n) for b in block.ops for n in ops[b].inputs))
         if key not in kept:
-            kept[key] = saved([ops[n] for n in block.ops], placed.ops, held, graph, space.sizes)
+            kept[key] = saved([ops[n] for n in block.ops], placed.ops, held, graph, space.sizes, fp8)
         costs.saved[i], costs.working[i] = kept[key]
     return costs
 

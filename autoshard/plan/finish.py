@@ -13,7 +13,7 @@ import numpy as np
 from ..trace.blocks import find_blocks, is_heavy
 from ..trace.graph import Op
 from ..trace.ops.table import TABLE
-from . import buckets, merge, schedules
+from . import buckets, merge, precision, schedules
 from .estimate import kinds
 from .footprint import shard_storage
 from .microbatch import TimeSplit, split_time
@@ -50,12 +50,13 @@ def finish(candidates: Candidates, found: Candidate) -> Plan:
         found.predicted["kinds"] = kinds(inner.space, inner.blocks, inner.placed, inner.short, times.tolist())
     sizes, pins = inner.space.sizes, candidates.pins
     groups, apart = merge.decide(split.graph, blocks, placed, inner.prices, sizes, pins.get("merge"))
+    chosen = precision.choose(split.graph, blocks, placed, inner.prices, sizes, groups, pins.get("precision"))
     size = int(pins.get("buckets", buckets.BUCKET))
     starts = buckets.starts(split.graph, blocks, found.cuts, placed.ops, placed.storage, sizes, size)
-    notes = [*split.graph.notes, *_unruled(split, placed, inner.prices, sizes), *_repeated(inner), *found.notes, *apart]
+    notes = [*split.graph.notes, *_unruled(split, placed, inner.prices, sizes), *_repeated(inner), *found.notes, *apart, *chosen.notes]
     return Plan(
         fingerprint(candidates.graph), mesh, found.count, found.schedule, found.cuts, placed.ops, placed.storage, placed.inputs, lists,
-        groups, size, starts, list(pins.get("kernels", ())), pins.get("overlap", True), found.predicted, notes,
+        groups, size, starts, list(pins.get("kernels", ())), pins.get("overlap", True), chosen.ops, found.predicted, notes,
     )  # fmt: skip
 
 

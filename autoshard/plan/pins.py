@@ -15,10 +15,11 @@ from ..mesh import Mesh
 from ..trace.graph import Graph
 from ..trace.ops.rule import Strategy
 from .microbatch import TimeSplit
+from .precision import RECIPES
 from .schedules import KINDS
 from .space import Pair, Space
 
-PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets", "kernels", "overlap")
+PINS = ("schedule", "cuts", "zero", "storage", "ops", "divide", "merge", "buckets", "kernels", "overlap", "precision")
 SHOWN = 12
 """Legal choices that an error lists."""
 
@@ -37,6 +38,9 @@ def check(pins: Mapping[str, Any], graph: Graph, blocks: int, meshes: Sequence[M
         faults.append(f"schedule: {schedule!r} is none; expected {' or '.join(training)}")
     if not isinstance(pins.get("overlap", True), bool):
         faults.append(f"overlap: expected true or false, found {pins['overlap']!r}")
+    recipe = pins.get("precision")
+    if recipe is not None and recipe not in RECIPES:
+        faults.append(f"precision: {recipe!r} is no recipe; expected {' or '.join(RECIPES)}")
     if "cuts" in pins:
         faults += _cuts(pins["cuts"], blocks, meshes)
     faults += _merge(pins.get("merge"), graph)

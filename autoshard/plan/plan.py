@@ -40,7 +40,8 @@ class Plan:
     is stored between steps. `inputs`: source value → layout. `instructions`: one list per stage. `merge`: linears that run as one matmul
     (`plan.merge`). `bucket_bytes`: what travels together is at most this large, as used; `buckets`: the first block of each bucket of
     parameters (`plan.buckets`). `kernels`: those that `lower` puts where it finds what they compute. `overlap`: whether collectives run
-    beside matmuls. `predicted`: seconds and bytes.
+    beside matmuls. `precision`: linear → recipe (`plan.precision`); what isn't there computes in its own dtype. `predicted`: seconds and
+    bytes.
     `notes`: what was decided for a reason that a user may want to know. `runners_up`: what else was looked at, and its step time."""
 
     graph: str
@@ -57,6 +58,7 @@ class Plan:
     buckets: tuple[int, ...]
     kernels: list[str]
     overlap: bool = True
+    precision: dict[str, str] = field(default_factory=dict)
     predicted: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     runners_up: list[dict[str, Any]] = field(default_factory=list)
@@ -93,6 +95,7 @@ class Plan:
             "buckets": list(self.buckets),
             "kernels": self.kernels,
             "overlap": self.overlap,
+            "precision": self.precision,
             "instructions": schedules.to_text(self.instructions).splitlines(),
         }
         return yaml.safe_dump(data, sort_keys=False, width=1000, allow_unicode=True)
@@ -223,6 +226,7 @@ _READERS: dict[str, Any] = {
     "buckets": _starts,
     "kernels": _list_of(str),
     "overlap": _bool,
+    "precision": _Each(_text),
     "ops": _Each(_strategies),
     "storage": _Each(_layout),
     "inputs": _Each(_layout),

@@ -130,6 +130,24 @@ class Prices:
         once = 2.0 * sum(rows) * k * ITEMSIZE[weight.dtype] * self.per_step if gathered else 0.0
         return saved - (copies + once) / bandwidth
 
+    @property
+    def multiplies_fp8(self) -> bool:
+        return "float8_e4m3fn" in dict(self.device.peak)
+
+    def halving(self, m: int, n: int, k: int, dtype: str, wanted: bool, trained: bool) -> float:
+        """Seconds of a microbatch that a linear saves in fp8. Its casts: a reading and two bytes written an element (the largest
+        magnitude is taken where a tensor is made); of the weight, two readings, once a step."""
+        size, grads = ITEMSIZE[dtype], wanted or trained
+
+        def three(kind: str) -> float:
+            seconds = matmul_seconds(self.device, m, n, k, dtype=kind)
+            seconds += matmul_seconds(self.device, m, k, n, dtype=kind) if wanted else 0.0
+            return float(seconds + (matmul_seconds(self.device, n, k, m, dtype=kind) if trained else 0.0))
+
+        each, once = (size + 2.0) * m * (k + (n if grads else 0)), (2.0 * size + 2.0) * n * k * self.per_step
+        launches = self.device.launch * (2 + 2 * grads + 2 * self.per_step)
+        return three(dtype) - three("float8_e4m3fn") - (each + once) / self.device.memory_bandwidth - launches
+
     def move(self, tensor: Tensor, a: Layout, b: Layout, sizes: tuple[int, ...], grad: bool) -> float:
         """A transition and its gradient's, axis by axis; infinite where there is no way."""
         mover = self.movers.get((tensor, sizes, grad))
@@ -262,6 +280,7 @@ class RandomPrices:
 
     per_step = 1.0
     share = False
+    multiplies_fp8 = False
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
@@ -278,6 +297,9 @@ class RandomPrices:
 
     def stored(self, tensor: Tensor, choices: Sequence[Layout], sizes: tuple[int, ...], trainable: bool) -> np.ndarray:
         return self.random.random(len(choices))
+
+    def halving(self, m: int, n: int, k: int, dtype: str, wanted: bool, trained: bool) -> float:
+        return 0.0
 
     def merging(self, x: Placed, weights: Sequence[Placed], copied: float, gathered: bool, sizes: tuple[int, ...]) -> float:
         """Three groups of four are merged."""

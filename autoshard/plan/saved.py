@@ -7,12 +7,12 @@ ops, where what an op's backward reads is known by name. An op that isn't known 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..layout import I, Layout, R, local_shape, transition
 from ..trace.blocks import HEAVY
-from ..trace.graph import Graph, Op
+from ..trace.graph import ITEMSIZE, Graph, Op
 from ..trace.ops.rule import Strategy
 from .moves import local_bytes, path
 from .space import Pair, Space
@@ -80,10 +80,16 @@ class _Flow:
 
 
 def saved(
-    ops: Sequence[Op], placed: Mapping[str, Pair], held: Mapping[str, Layout], graph: Graph, sizes: tuple[int, ...]
+    ops: Sequence[Op],
+    placed: Mapping[str, Pair],
+    held: Mapping[str, Layout],
+    graph: Graph,
+    sizes: tuple[int, ...],
+    fp8: Collection[str] = (),
 ) -> tuple[float, float]:
-    """(bytes kept per microbatch, bytes of what lives only while the block runs)."""
-    return _Block(graph, sizes, held).run(ops, placed)
+    """(bytes kept per microbatch, bytes of what lives only while the block runs). `fp8`: linears that keep a cast of their input, and
+    casts of weights that stand all step long."""
+    return _Block(graph, sizes, held, fp8).run(ops, placed)
 
 
 def kept_values(ops: Sequence[Op], graph: Graph, space: Space) -> dict[str, tuple[str, ...]]:
@@ -99,8 +105,9 @@ def kept_values(ops: Sequence[Op], graph: Graph, space: Space) -> dict[str, tupl
 
 
 class _Block:
-    def __init__(self, graph: Graph, sizes: tuple[int, ...], held: Mapping[str, Layout]) -> None:
-        self.graph, self.sizes, self.held = graph, sizes, held
+    def __init__(self, graph: Graph, sizes: tuple[int, ...], held: Mapping[str, Layout], fp8: Collection[str] = ()) -> None:
+        self.graph, self.sizes, self.held, self.fp8 = graph, sizes, held, fp8
+        self.cast: set[Key] = set()
         self.flow = _Flow()
         self.source, self.sink = self.flow.node(), self.flow.node()
         self.pair: dict[Key, tuple[int, int]] = {}
@@ -142,6 +149,12 @@ class _Block:
         grads = [v.grad for v in values]
         wanted: Iterable[Key]
         if name in NOTHING:
+            return
+        if op.name in self.fp8:
+            if grads[1] and ins[0] not in self.cast:
+                self.cast.add(ins[0])
+                spec = self.graph.values[ins[0][0]].tensor
+                self.extra += local_bytes(spec, ins[0][1], self.sizes) / ITEMSIZE[spec.dtype]
             return
         if name in MATMULS:
             wanted = [k for i, k in enumerate(ins[:2]) if any(g for j, g in enumerate(grads) if j != i)]

@@ -53,7 +53,7 @@ def search(
     matmuls over tp wherever that is possible, whatever it costs; the default where `mesh` is given), "merge" (linears of one input
     as one matmul: all that may be, none, or lists of their weights' paths), "buckets" (bytes of parameters, as used, that travel
     together; 0: each alone), "kernels" (names: put these where the model computes what they do), "overlap" (bool: collectives run beside
-    matmuls; the default). `memory`: bytes per rank.
+    matmuls; the default), "precision" (a recipe of `plan.precision`: linears multiply in fp8 where that pays). `memory`: bytes per rank.
     `progress` is told what is being looked at. Raises PinError for pins that can't be, and NoPlanError with the reasons of the nearest
     candidates; `candidates` has all.
     """

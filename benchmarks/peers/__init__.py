@@ -175,6 +175,7 @@ def _makers() -> dict[str, Callable[[Task], Made]]:
     return {
         "ours": ours.own,
         "ours-masters": ours.masters,
+        "ours-fp8": ours.fp8,
         "plain-compile": plain.compile,
         "plain-eager": plain.eager,
         "half-compile": plain.half,

@@ -1,7 +1,9 @@
-"""autoshard: `ours` steps the model's own parameters, as the peers do; `ours-masters` keeps float32 masters, autoshard's default."""
+"""autoshard: `ours` steps the model's own parameters, as the peers do; `ours-masters` keeps float32 masters, autoshard's default;
+`ours-fp8` is `ours` with linears in fp8."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +22,11 @@ def own(task: Task) -> Made:
 
 def masters(task: Task) -> Made:
     return _make(task, masters=True)
+
+
+def fp8(task: Task) -> Made:
+    pins = {"precision": "fp8", **task.options.get("pins", {})}
+    return _make(replace(task, options={**task.options, "pins": pins}), masters=False)
 
 
 def _make(task: Task, masters: bool) -> Made:

@@ -76,6 +76,8 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     if dtype == torch.bfloat16:
         for kind in ("e4m3", "e5m2"):
             yield f"quantise {kind}", lambda kind=kind: Op.quantise(t(256, 256), None, kind, True)
+            for turn in (True, False):
+                yield f"fp8_cast {kind} {turn}", lambda kind=kind, turn=turn: Op.fp8_cast(t(256, 256), torch.tensor(1.0), kind, turn)
             yield f"quantise {kind}, delayed", lambda kind=kind: Op.quantise(t(256, 256), torch.tensor(1.0), kind, False)
 
 

@@ -29,6 +29,18 @@ def test_it_is_torchs_cast(way, shape, kind, dtype):
                 assert found.dtype == expected.dtype and equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", quantise.KINDS)
+def test_a_cast_by_a_known_scale_is_torchs(way, kind, dtype):
+    x = draw(130, 67, dtype=dtype) * 10 ** draw(130, 67, seed=1).to(dtype)
+    for scale in (quantise.scale_of(quantise.largest(x), kind), torch.tensor(1e6)):
+        for transpose in (False, True):
+            expected = quantise.cast_reference(x, scale, kind, transpose)
+            for found, wanted in zip(torch.ops.autoshard.fp8_cast(x, scale, kind, transpose), expected, strict=True):
+                assert found.dtype == wanted.dtype and equal(found, wanted)
+    assert quantise.largest(x) == x.abs().max() and quantise.largest(torch.full((2, 2), torch.nan)).isnan()
+
+
 @pytest.mark.parametrize("kind", quantise.KINDS)
 def test_errors_are_those_of_the_format(way, kind):
     x = draw(40, 40, dtype=torch.float32)

@@ -86,4 +86,4 @@ def test_what_may_be_cut_is_what_one_would_expect():
     found = {case.kernel.name: {f.name for f in factors(case, whole(case)[1])} for case in cases()}
     assert found["rotary_one"] == {"b", "s", "h"} and found["rotary"] == {"b", "s"} and "f" in found["gated_mlp"]
     assert found["grouped_matmul"] == {"k", "m"} and found["linear_cross_entropy"] == {"r"} and found["adamw"] == {"n"}
-    assert found["fp8_linear"] == found["quantise"] == set() and found["moe_route"] == {"t"}
+    assert found["fp8_linear"] == found["quantise"] == set() and found["fp8_cast"] == {"r", "c"} and found["moe_route"] == {"t"}

@@ -38,7 +38,7 @@ def on_grid(x, BITS: tl.constexpr, LOWEST: tl.constexpr):
 @triton.jit
 def cast(
     x, scale, q, transposed, partial, r, c, x_row, top, BITS: tl.constexpr, LOWEST: tl.constexpr, BY_HAND: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CLAMP: tl.constexpr = True,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = (tl.program_id(1) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
@@ -47,7 +47,8 @@ def cast(
     if partial is not None:
         store_largest(value, partial)
     y = value * tl.load(scale)
-    y = tl.where(y != y, y, tl.minimum(tl.maximum(y, -top), top))
+    if CLAMP:
+        y = tl.where(y != y, y, tl.minimum(tl.maximum(y, -top), top))
     if BY_HAND:  # the interpreter's own cast to fp8 loses carries; what lies on the grid it keeps
         y = on_grid(y, BITS, LOWEST)
     y = y.to(q.dtype.element_ty)
