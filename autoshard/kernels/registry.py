@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import adamw, cross_entropy, gated_mlp, grouped_matmul, layer_norm, moe, quantise, rms_norm, rotary
+from . import adamw, cross_entropy, draws, dropout_attention, gated_mlp, grouped_matmul, layer_norm, moe, quantise, rms_norm, rotary
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,30 @@ KERNELS = Table(
             rule="r h!, v! h!, r, -> , r h!, v! h!",
             applies=cross_entropy.applies,
             cost=cross_entropy.full_cost,
+        ),
+        Kernel(  # causal rows aren't cut, and the draws' places are told apart by `lower`, which knows what it cuts
+            name="dropout_attention",
+            op="autoshard.dropout_attention.default",
+            reference=dropout_attention.reference,
+            rule="b h! s! e!, b k! t! e!, b k! t! e!, b h! s! t!, , b, h!, s! -> b h! s! e!, b h! s!",
+            applies=dropout_attention.applies,
+            cost=dropout_attention.cost,
+        ),
+        Kernel(
+            name="keep_bits",
+            op="autoshard.keep_bits.default",
+            reference=draws.keep_reference,
+            rule=", r -> r w!",
+            applies=draws.applies,
+            cost=draws.keep_cost,
+        ),
+        Kernel(
+            name="random_bits",
+            op="autoshard.random_bits.default",
+            reference=draws.random_reference,
+            rule=", r -> r c!",
+            applies=draws.applies,
+            cost=draws.random_cost,
         ),
         Kernel(
             name="adamw",
