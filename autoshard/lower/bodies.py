@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..kernels import draws
+from ..kernels import draws, dropout_attention as _  # noqa: F401  (registers its operator)
 from ..trace import primitives
 from ..trace.experts import experts as chosen
 
@@ -55,6 +55,23 @@ def dropout_mask(
         return (found if column is None else found.index_select(1, column)).to(torch.int64) & draws.LOW
 
     return by_law(law, bits(0), lambda: bits(1), dtype).reshape(shape)
+
+
+def dropout_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor,
+    at: Sequence[torch.Tensor],
+    full: tuple[int, ...],
+    p: float,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """`primitives.attention` whose noise is `dropout_mask` at these positions of a whole matrix, which holds every key that there is."""
+    assert len(at[3]) == full[3] == k.shape[2], "keys aren't cut"
+    return torch.ops.autoshard.dropout_attention(q, k, v, mask, seed, *at[:3], full, p, causal, scale)[0]
 
 
 def by_law(law: tuple[str | float, ...], bits: torch.Tensor, more: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
