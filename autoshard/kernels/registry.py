@@ -17,7 +17,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import accumulate, adamw, cross_entropy, gated_mlp, grouped_matmul, layer_norm, moe, quantise, rms_norm, rotary
+from . import (
+    accumulate,
+    adamw,
+    cross_entropy,
+    draws,
+    dropout_attention,
+    gated_mlp,
+    grouped_matmul,
+    layer_norm,
+    moe,
+    quantise,
+    rms_norm,
+    rotary,
+)
 from .measured import MEASURED, Measurement
 
 
@@ -177,6 +190,30 @@ KERNELS = Table(
             rule="m n, m k!, k! n -> ",
             applies=accumulate.applies,
             cost=accumulate.cost,
+        ),
+        Kernel(  # causal rows aren't cut, and the draws' places are told apart by `lower`, which knows what it cuts
+            name="dropout_attention",
+            op="autoshard.dropout_attention.default",
+            reference=dropout_attention.reference,
+            rule="b h! s! e!, b k! t! e!, b k! t! e!, b h! s! t!, , b, h!, s! -> b h! s! e!, b h! s!",
+            applies=dropout_attention.applies,
+            cost=dropout_attention.cost,
+        ),
+        Kernel(
+            name="keep_bits",
+            op="autoshard.keep_bits.default",
+            reference=draws.keep_reference,
+            rule=", r -> r w!",
+            applies=draws.applies,
+            cost=draws.keep_cost,
+        ),
+        Kernel(
+            name="random_bits",
+            op="autoshard.random_bits.default",
+            reference=draws.random_reference,
+            rule=", r -> r c!",
+            applies=draws.applies,
+            cost=draws.random_cost,
         ),
         Kernel(
             name="adamw",

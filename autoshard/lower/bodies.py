@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..kernels import draws
 from ..trace import primitives
 
 
@@ -32,18 +33,39 @@ def dropout_mask(
     seed: torch.Tensor, at: Sequence[torch.Tensor], full: tuple[int, ...], law: primitives.Law, dtype: torch.dtype
 ) -> torch.Tensor:
     """A draw by `law` (see `primitives.Law`) for each element from the seed and its global index alone (`at`: global positions
-    per dim), so that every plan draws the same. Philox-2x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-    SC11) with the element's index as counter and the seed as key."""
-    index = torch.zeros((1,) * len(full), dtype=torch.int64, device=seed.device)
-    stride = 1
-    for d in reversed(range(len(full))):
-        index = index + (at[d] * stride).reshape((-1,) + (1,) * (len(full) - 1 - d))
-        stride *= full[d]
-    low, high = index & 0xFFFFFFFF, index >> 32 & 0xFFFFFFFF
-    drawn = philox(low, high, seed & 0xFFFFFFFF)
-    if isinstance(law, tuple):
-        return by_law(law, drawn, lambda: philox(low, high, (seed ^ 0x5851F42D) & 0xFFFFFFFF), dtype)
-    return (drawn >= int(law * 2**32)).to(dtype) * (1.0 / (1.0 - law) if law < 1 else 0.0)
+    per dim), so that every plan draws the same; `kernels.draws` says which. A mask's bits are what a backward keeps of it: their unpacking
+    fuses with whatever it multiplies."""
+    shape = tuple(len(positions) for positions in at)
+    at, full = (at, full) if full else ((seed.new_zeros(1),), (1,))
+    rows, columns = draws.rows_of(at, full), full[-1]
+    column = None if len(at[-1]) == columns else at[-1]
+    if not isinstance(law, tuple):
+        kept = draws.unpacked(torch.ops.autoshard.keep_bits(seed, rows, columns, float(law)), column, columns)
+        zero, one = (torch.scalar_tensor(x, dtype=dtype, device=seed.device) for x in (0.0, draws.scale(float(law))))
+        return torch.where(kept, one, zero).reshape(shape)
+
+    def bits(stream: int) -> torch.Tensor:
+        found = torch.ops.autoshard.random_bits(seed, rows, columns, stream)
+        return (found if column is None else found.index_select(1, column)).to(torch.int64) & draws.LOW
+
+    return by_law(law, bits(0), lambda: bits(1), dtype).reshape(shape)
+
+
+def dropout_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor,
+    at: Sequence[torch.Tensor],
+    full: tuple[int, ...],
+    p: float,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """`primitives.attention` whose noise is `dropout_mask` at these positions of a whole matrix, which holds every key that there is."""
+    assert len(at[3]) == full[3] == k.shape[2], "keys aren't cut"
+    return torch.ops.autoshard.dropout_attention(q, k, v, mask, seed, *at[:3], full, p, causal, scale)[0]
 
 
 def by_law(law: tuple[str | float, ...], bits: torch.Tensor, more: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -63,17 +85,3 @@ def by_law(law: tuple[str | float, ...], bits: torch.Tensor, more: Callable[[], 
     assert name == "normal", law
     turn = (more() >> 8).to(wide) * (2 * math.pi * 2.0**-24)  # Box and Muller, 1958
     return ((logarithm * -2).sqrt() * turn.cos() * b + a).to(dtype)
-
-
-def philox(low: torch.Tensor, high: torch.Tensor, key: torch.Tensor, rounds: int = 10) -> torch.Tensor:
-    """32 random bits per counter (low, high), as int64."""
-    for _ in range(rounds):
-        # 0xD256D193 × a 32-bit word overflows int64's sign, so the product is taken in two halves
-        a, b = low & 0xFFFF, low >> 16
-        pa, pb = a * 0xD256D193, b * 0xD256D193
-        middle = (pa >> 16) + (pb & 0xFFFFFFFFFFFF)
-        product_high = middle >> 16 & 0xFFFFFFFF
-        product_low = (pa & 0xFFFF) | ((middle & 0xFFFF) << 16)
-        low, high = product_high ^ key ^ high, product_low
-        key = (key + 0x9E3779B9) & 0xFFFFFFFF
-    return low

@@ -17,6 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .biases import early_biases
 from .program import Module
 from .recompute import made_again, parts_copied
 from .routine import Port, Routine
@@ -62,6 +63,7 @@ def _split(
     joint: fx.GraphModule, ports: Sequence[Port], outputs: int, grad_outputs: tuple[int, ...], reached: list[int], key: str
 ) -> Module:
     _without_detach(joint.graph)
+    early_biases(joint.graph)
     nodes = list(joint.graph.nodes)
     holders = [n for n in nodes if n.op == "placeholder"]
     primals, tangents = holders[: len(ports)], holders[len(ports) :]
@@ -81,7 +83,7 @@ def _split(
     free = {n for n, p in zip(primals, ports, strict=True) if p.param or not p.grad}
     constants = {n for n in nodes if n.op == "get_attr"}
     later = [n for n in nodes if n in second or n in third]
-    again = made_again(first - constants, primals, free, [n for n in later if n not in constants], grads) - constants
+    again = made_again(first - constants, primals, free, [n for n in later if n not in constants], grads, outs) - constants
     again = _with_items(again, nodes)
     inner = first - again
     saved = _needed_from(inner | set(primals), [n for n in nodes if n in second or n in third or n in again], grads)

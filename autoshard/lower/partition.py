@@ -46,6 +46,15 @@ class Gathered:
         return self.names[0] if len(self.names) == 1 else joined(self.names)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A mask of dropout that every rank draws: the whole's shape, the probability of 0, names of the seed and of positions per dim."""
+
+    full: tuple[int, ...]
+    p: float
+    ins: tuple[str, ...]
+
+
 @dataclass
 class Partitioner:
     """Builds routines for one rank's coordinates. `sizes`: of dp and tp; `dropout`: "philox" or "exact"."""
@@ -116,6 +125,7 @@ class _Builder:
         self.layouts: dict[str, Layout] = {}  # value → layout in which it was made or came in
         self.seen: list[tuple[str, Layout]] = []
         self.shifted: dict[str, Tensor] = {}  # indices counted from where a shard begins
+        self.draws: dict[str, Drawn] = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every value that is known here, by its name here."""
@@ -145,9 +155,12 @@ class _Builder:
         local = replace_args(op, localize(op, held, part.local(op.outs[0], out_layout).shape))
         body_axes = [a for a, s in enumerate(pair) if s.body]
         extra: list[str] = []
+        drawn = self.draws.get(ins[-1]) if op.target == "autoshard.attention.default" and len(op.args) > 6 else None
         if body_axes and op.target == EXPERTS:
             ins[2], body_axes = self._counted_from(op, ins[2], layouts), []
-        if body_axes or op.target.startswith("autoshard.dropout_mask") or op.target.startswith("autoshard.time_"):
+        if drawn is not None:
+            ins, (fn, text, extra) = ins[:-1], _dropping(local, drawn)
+        elif body_axes or op.target.startswith("autoshard.dropout_mask") or op.target.startswith("autoshard.time_"):
             fn, text, extra = self._body(local, op, out_layout, layouts)
         else:
             fn, text = _runner(local, part.opaque), f"{local.target}{_numbered(local)}"
@@ -365,10 +378,24 @@ class _Builder:
         seed = self.rank_input(RankInput("seed", order=order))
         where = [self.rank_input(RankInput("positions", n, chain)) for n, chain in zip(full, chains, strict=True)]
         kind = getattr(torch, dtype.removeprefix("torch."))
+        if not isinstance(p, tuple):
+            self.draws[value_name(op.outs[0], out)] = Drawn(tuple(full), float(p), (seed, *where))
         return (lambda s, *at: bodies.dropout_mask(s, at, tuple(full), p, kind)), f"dropout {full} {p} {dtype}", [seed, *where]
 
     def _chain(self, n: int, dim: int, layout: Layout) -> tuple[tuple[str, Any], ...]:
         return tuple((AXES[a], t.cut) for a, t in enumerate(layout) if t.kind == "S" and t.dim == dim and self.part.sizes[a] > 1)
+
+
+def _dropping(op: Op, drawn: Drawn) -> tuple[Fn, str, list[str]]:
+    """Attention that draws what it drops: of its operands the noise isn't made."""
+    _, _, _, mask, causal, scale, _ = op.args
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        seed, *places = rest[mask is not None :]
+        given = rest[0] if mask is not None else None
+        return bodies.dropout_attention(q, k, v, given, seed, places, drawn.full, drawn.p, causal, scale)
+
+    return fn, f"attention, dropping {drawn.full} {drawn.p} {mask is not None} {causal} {scale}", list(drawn.ins)
 
 
 def replace_args(op: Op, args: tuple[Any, ...]) -> Op:

@@ -3,9 +3,10 @@
 In: a joint graph's forward nodes, the backward's nodes, which inputs are free to keep (parameters, data). Out: the forward nodes that the
 backward makes again; what these and the backward read of the forward is saved. The fewest bytes are a minimum cut between what can't be
 made again (matmuls, attention, reductions, collectives, anything random) and what the backward reads, where cutting a value costs
-its bytes. Pointwise ops and views may be repeated: they fuse into the kernels that read them. A value that a matmul or another opaque
-kernel of the backward reads would have to be written to memory again, so it is saved as it is; unless it is rows gathered several times
-each, which take a multiple of the memory of those that they are gathered from.
+its bytes. Pointwise ops and views may be repeated: they fuse into the kernels that read them. So of ways that cost the same bytes the one
+is taken that keeps what lies in memory anyway, a kernel's result or an output, and not what would be written for the backward alone. A
+value that a matmul or another opaque kernel of the backward reads would have to be written to memory again, so it is saved as it is; unless
+it is rows gathered several times each, which take a multiple of the memory of those that they are gathered from.
 """
 
 from __future__ import annotations
@@ -26,15 +27,22 @@ VIEWS = frozenset(
     unbind""".split()
 )
 # fused by the compiler as pointwise ops are, though not elementwise
-MOVES = frozenset("cat constant_pad_nd full zeros ones scalar_tensor new_zeros index_select".split())
+MOVES = frozenset("arange cat constant_pad_nd full zeros ones scalar_tensor new_zeros index_select".split())
 
 
 def made_again(
-    first: set[fx.Node], inputs: Iterable[fx.Node], free: set[fx.Node], later: list[fx.Node], results: Iterable[object]
+    first: set[fx.Node],
+    inputs: Iterable[fx.Node],
+    free: set[fx.Node],
+    later: list[fx.Node],
+    results: Iterable[object],
+    outputs: Iterable[object] = (),
 ) -> set[fx.Node]:
-    """The nodes of `first` that `later` makes again. `inputs`: placeholders; those in `free` cost nothing to keep."""
+    """The nodes of `first` that `later` makes again. `inputs`: placeholders; those in `free` cost nothing to keep. `outputs`: of the
+    forward, which are written in any case."""
+    written = set(outputs)
     read = {source for node in later for source in node.all_input_nodes} | {r for r in results if isinstance(r, fx.Node)}
-    pinned = {_base(s, first) for node in later if not _cheap(node) for s in node.all_input_nodes if not _repeats_rows(s)}
+    pinned = {_base(s) for node in later if not _cheap(node) for s in node.all_input_nodes if not _repeats_rows(s)}
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_nodes_from([SOURCE, SINK])
     for node in (*inputs, *first):
@@ -42,10 +50,11 @@ def made_again(
         if size is None:
             graph.add_edge((node, 0), (node, 1))
         else:
-            # of a value and its views the value; of two ways that cost the same the one with fewer ops to repeat
-            extra = 2 if _name(node) in (*VIEWS, "index_select") else 1
-            graph.add_edge((node, 0), (node, 1), capacity=0 if node in free else 4 * size + extra)
-        if node not in first or node in pinned or not _repeatable(node):
+            # of a value and its views the value; what a kernel makes before what would be fused
+            late = _name(node) in (*VIEWS, "index_select")
+            more = 1 if node not in first or not _cheap(node) or node in written else 3 if late else 2
+            graph.add_edge((node, 0), (node, 1), capacity=0 if node in free else 8 * size + more)
+        if node not in first or node in pinned or not _cheap(node):
             graph.add_edge(SOURCE, (node, 0))
         for source in node.all_input_nodes if node in first else ():
             graph.add_edge((source, 1), (node, 0))
@@ -92,9 +101,9 @@ def _buffer(node: fx.Node, first: set[fx.Node]) -> fx.Node:
     return node
 
 
-def _base(node: fx.Node, first: set[fx.Node]) -> fx.Node:
-    """What a chain of views of one tensor starts from."""
-    while node in first and _name(node) in VIEWS and len(node.all_input_nodes) == 1 and _bytes(node.all_input_nodes[0]) is not None:
+def _base(node: fx.Node) -> fx.Node:
+    """What a chain of views of one tensor starts from, whether forward or backward made them."""
+    while _name(node) in VIEWS and len(node.all_input_nodes) == 1 and _bytes(node.all_input_nodes[0]) is not None:
         node = node.all_input_nodes[0]
     return node
 
@@ -114,13 +123,6 @@ def _cheap(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
         return False
     return torch.Tag.pointwise in target.tags or str(target) in UNTAGGED_POINTWISE
-
-
-def _repeatable(node: fx.Node) -> bool:
-    """Cheap, and no arithmetic on integers: that is what random draws are hashed by, at many ops an element."""
-    value = node.meta.get("val")
-    whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.numel() > 1
-    return _cheap(node) and not (whole and _name(node) not in VIEWS)
 
 
 def _repeats_rows(node: fx.Node) -> bool:

@@ -89,9 +89,12 @@ class Prices:
     ) -> float:
         held = 0.0
         for i, v in enumerate(operands):
-            held += local_bytes(v.tensor, tuple([s.ins[i] for s in pair]), sizes)
+            if not (i > 2 and op.target == "autoshard.attention.default" and v.name == op.inputs[-1] and len(op.args) > 6):
+                held += local_bytes(v.tensor, tuple([s.ins[i] for s in pair]), sizes)
         for i, v in enumerate(outs):
             held += local_bytes(v.tensor, tuple([s.outs[i] for s in pair]), sizes)
+        if op.target == "autoshard.dropout_mask.default":  # a bit an element; attention draws its own
+            held /= 8 * ITEMSIZE[outs[0].tensor.dtype]
         grad = any(v.grad for v in outs)
         if heavy and work:
             share = 1.0

@@ -118,9 +118,13 @@ class _Block:
         self.extra = 0.0
         self.readers: dict[str, list[str]] = {}
         self.kept: list[Key] = []
+        self.drawn: set[str] = set()
+        """What attention draws by itself, and never lies in memory."""
 
     def run(self, ops: Sequence[Op], placed: Mapping[str, Pair]) -> tuple[float, float]:
         read: dict[Key, None] = {}
+        draws = {out for op in ops if op.target == "autoshard.dropout_mask.default" for out in op.outs}
+        self.drawn = {op.inputs[-1] for op in ops if op.target == "autoshard.attention.default"} & draws
         for op in ops:
             pair = placed[op.name]
             ins = [self.operand(name, tuple(s.ins[i] for s in pair)) for i, name in enumerate(op.inputs)]
@@ -159,7 +163,7 @@ class _Block:
         if name in MATMULS:
             wanted = [k for i, k in enumerate(ins[:2]) if any(g for j, g in enumerate(grads) if j != i)]
         elif name == "attention":
-            wanted = [*ins, *outs]
+            wanted = [key for key in (*ins, *outs) if key[0] not in self.drawn]
             shape = local_shape(self.graph.values[outs[0][0]].tensor.shape, outs[0][1], self.sizes, (0,) * len(self.sizes))
             self.extra += 4.0 * shape[0] * shape[1] * shape[2]
         elif name == "experts":
@@ -204,7 +208,7 @@ class _Block:
         if key in self.pair:
             return
         tensor = self.graph.values[key[0]].tensor
-        size = 0.0 if free else float(local_bytes(tensor, key[1], self.sizes))
+        size = 0.0 if free or key[0] in self.drawn else float(local_bytes(tensor, key[1], self.sizes))
         a, b = self.pair[key] = self.flow.node(), self.flow.node()
         self.bytes[key] = size
         self.flow.add(a, b, size + (0.0 if free else 1.0))

@@ -66,12 +66,23 @@ def dropout_mask(
     return draw[name](*numbers)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0) -> Tensor:
-    """softmax(scale · q kᵀ + mask) v. A bool mask keeps where True; causal is aligned top left: query i sees keys ≤ i.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0, noise: Tensor | None = None
+) -> Tensor:
+    """(softmax(scale · q kᵀ + mask) · noise) v. A bool mask keeps where True; causal is aligned top left: query i sees keys ≤ i.
 
-    A fully masked row gives 0. Query head i reads key head i // g. The mask receives no gradient.
+    A fully masked row gives 0. Query head i reads key head i // g. Neither mask nor noise [b h s t], dropout's mask of the probabilities,
+    receives a gradient.
     """
-    return torch.ops.autoshard.attention(q, k, v, mask, causal, scale)[0]
+    if noise is None:
+        return torch.ops.autoshard.attention(q, k, v, mask, causal, scale)[0]
+    work = _work_dtype(q)
+    scores = _scores(q.to(work), k.to(work), mask, causal, scale)
+    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros((*scores.shape[:-1], 1))
+    e = torch.exp(scores - torch.where(top == -torch.inf, torch.zeros_like(top), top))
+    total = e.sum(-1, keepdim=True)
+    p = e / torch.where(total == 0, torch.ones_like(total), total)
+    return _matmul(p * noise.detach(), v.to(work)).to(q.dtype)
 
 
 @torch.library.custom_op("autoshard::attention", mutates_args=())

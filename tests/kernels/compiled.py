@@ -73,6 +73,19 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "moe_unpermute_backward", lambda: Op.moe_unpermute_backward(t(64, 2048), t(128, 2048), position, t(64, 2))
     yield "grouped_matmul", lambda: Op.grouped_matmul(t(2048, 2048), t(8, 4096, 2048).transpose(1, 2), ends)
     yield "grouped_matmul_backward", lambda: Op.grouped_matmul_backward(t(2048, 512), t(2048, 2048), t(8, 2048, 512), ends, [True, True])
+    seed, rows = torch.tensor(7), torch.arange(512)
+    yield "keep_bits", lambda: Op.keep_bits(seed, rows, 1024, 0.1)
+    yield "random_bits", lambda: Op.random_bits(seed, rows, 1024, 0)
+    for e, s, causal, padding in ((64, 1024, True, False), (64, 512, False, True), (96, 197, False, False), (128, 1024, True, False)):
+        q, k = t(2, 4, s, e), t(2, 2, s, e)
+        places = torch.arange(2), torch.arange(4), torch.arange(s)
+        mask = torch.ones(2, 1, 1, s, dtype=torch.bool) if padding else None
+        drawn = (seed, *places)
+        how = ([2, 4, s, s], 0.1, causal, 0.125)
+        label = f"dropout_attention {e}{' causal' * causal}{' padding' * padding}"
+        yield label, lambda a=(q, k, k, mask, *drawn, *how): Op.dropout_attention(*a)
+        lse = torch.zeros(2, 4, s)
+        yield f"{label} backward", lambda a=(q, q, k, k, mask, *drawn, q, lse, *how): Op.dropout_attention_backward(*a)
     if dtype == torch.bfloat16:
         for kind in ("e4m3", "e5m2"):
             yield f"quantise {kind}", lambda kind=kind: Op.quantise(t(256, 256), None, kind, True)

@@ -39,10 +39,12 @@ def sdpa(
     q4, k4, v4 = (_four(b, x, lead) for x in (q, k, v))
     mask = _four_mask(b, mask, lead) if mask is not None else None
     out_shape = (*lead, b.shape(q4)[1], *out_shape[-2:]) if b.ndim(q) > 3 else out_shape
-    if (mask is not None and b.grad(mask)) or draw is not None:
-        return b.reshape(_explicit(b, q4, k4, v4, mask, causal, scale, draw), out_shape)
+    noise = None if draw is None else b.reshape(b.op(*_draw(b, draw)), (*b.shape(q4)[:-1], b.shape(k4)[-2]))
+    if mask is not None and b.grad(mask):
+        return b.reshape(_explicit(b, q4, k4, v4, mask, causal, scale, noise), out_shape)
     k4, v4 = _ungrouped(b, k4, v4)
-    return b.reshape(b.op("autoshard.attention.default", q4, k4, v4, mask, causal, scale), out_shape)
+    dropped = () if noise is None else (noise,)
+    return b.reshape(b.op("autoshard.attention.default", q4, k4, v4, mask, causal, scale, *dropped), out_shape)
 
 
 def _lead(b: Builder, *tensors: Ref) -> tuple[int, ...]:
@@ -96,7 +98,7 @@ def _before_repeat(b: Builder, x: Ref) -> Ref | None:
     return b.reshape(wide.args[0], (*thin[:2], *thin[3:]))
 
 
-def _explicit(b: Builder, q: Ref, k: Ref, v: Ref, mask: Ref | None, causal: bool, scale: float, draw: int | None) -> Ref:
+def _explicit(b: Builder, q: Ref, k: Ref, v: Ref, mask: Ref | None, causal: bool, scale: float, noise: Ref | None) -> Ref:
     """softmax(scale · q kᵀ + mask) · dropout @ v, spelled out."""
     groups = b.shape(q)[1] // b.shape(k)[1]
     k, v = (_repeat_heads(b, x, groups) for x in (k, v))
@@ -112,8 +114,8 @@ def _explicit(b: Builder, q: Ref, k: Ref, v: Ref, mask: Ref | None, causal: bool
     if mask is not None:  # torch's SDPA gives 0 where a row is fully masked
         dead = b.op("aten.eq.Scalar", b.op("aten.amax.default", scores, (3,), True), -math.inf)
         p = b.op("aten.where.self", dead, b.op("aten.full.default", (), 0.0, dtype=f"torch.{b.dtype(p)}"), p)
-    if draw is not None:
-        p = b.op(MUL, p, b.op(*_draw(b, draw)))
+    if noise is not None:
+        p = b.op(MUL, p, noise)
     return b.op(MATMUL, p, v)
 
 

@@ -28,7 +28,7 @@ def masks(captured: Captured) -> Captured:
     """Turn causal masks into attention's own flag."""
     seen: dict[str, str] = {}
 
-    def rule(b: Builder, q: Ref, k: Ref, v: Ref, mask: Ref | None, causal: bool, scale: float) -> Any:
+    def rule(b: Builder, q: Ref, k: Ref, v: Ref, mask: Ref | None, causal: bool, scale: float, *noise: Ref) -> Any:
         if mask is None:
             return NotImplemented
         s, t = b.shape(q)[2], b.shape(k)[2]
@@ -41,7 +41,7 @@ def masks(captured: Captured) -> Captured:
         mask = kept[0] if kept else None
         for part in kept[1:]:
             mask = b.op("aten.bitwise_and.Tensor", mask, part)
-        return b.op("autoshard.attention.default", q, k, v, mask, causal, scale)
+        return b.op("autoshard.attention.default", q, k, v, mask, causal, scale, *noise)
 
     return rewrite(captured, {"autoshard.attention.default": rule})
 

@@ -185,14 +185,13 @@ def pick(op: Op, values: Mapping[str, Value]) -> Rule:
 
 
 def attention(op: Op, values: Mapping[str, Value]) -> Rule:
-    """q b h s e, k b g t e, v b g t f, mask (1|b)(1|h)(1|s) t -> b h s f, with h = g · repeat. Cutting s needs all keys, and no
-    causal flag, whose meaning would shift; cutting t needs a strategy of its own (ring, gather)."""
+    """q b h s e, k b g t e, v b g t f, mask (1|b)(1|h)(1|s) t, noise b h s t -> b h s f, with h = g · repeat. Cutting s needs all keys, and
+    no causal flag, whose meaning would shift; cutting t needs a strategy of its own (ring, gather)."""
     shapes_, _ = _shapes(op, values)
     (b, h, s, _), g = shapes_[0], shapes_[1][1]
-    mask = shapes_[3] if len(shapes_) > 3 else None
 
     def in_mask(dim: int, n: int, inner: int = 1) -> tuple[Place | None, ...]:
-        return () if mask is None else (Place(dim, inner=inner) if mask[dim] == n and n > 1 else None,)
+        return tuple(Place(dim, inner=inner) if shape[dim] == n and n > 1 else None for shape in shapes_[3:])
 
     factors = []
     if b > 1:
