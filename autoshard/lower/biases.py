@@ -1,9 +1,9 @@
 """Biases are added to a matmul's result as it comes, before it is shaped and split.
 
 In: a traced graph in which views are reshapes. Out: the same values; where `reshape(x @ w) + b` stood there is `reshape(x @ w + b)`, and
-where merged linears' parts each got their bias, the one result gets all of them. So the compiler finds product and sum side by side and takes one
-kernel for both, wherever what reads the sum isn't fused with it anyway: a projection that goes straight into attention costs no pass of
-its own for its bias.
+where merged linears' parts each got their bias, the one result gets all of them. So the compiler finds product and sum side by side and
+takes one kernel for both, wherever what reads the sum isn't fused with it anyway: a projection that goes straight into attention costs no
+pass of its own for its bias.
 """
 
 from __future__ import annotations

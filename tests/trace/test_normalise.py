@@ -231,7 +231,8 @@ class Attention(nn.Module):
 CASES = {  # → (mask is None, causal) of the op, or None where attention is spelled out
     "none": (True, False), "causal": (True, True), "tril": (True, True), "additive": (True, True), "all": (True, False),
     "window": (False, False), "dead row": (False, False), "both": (False, True), "bias": None, "dropped": (False, False),
-    "three dims": (True, True), "five dims": (True, True), "two dims": (True, False), "grouped": (True, True), "repeated": (True, True), "cross": (True, True),
+    "three dims": (True, True), "five dims": (True, True), "two dims": (True, False), "grouped": (True, True), "repeated": (True, True),
+    "cross": (True, True),
 }  # fmt: skip
 
 
