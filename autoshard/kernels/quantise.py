@@ -117,7 +117,8 @@ def _cuda_applies(x: Tensor) -> bool:
     return PREFER_CUDA and aligned and x.dtype == torch.bfloat16 and r < 1 << 31 and cuda.available(x)
 
 
-def _cast(x: Tensor, scale: Tensor | None, kind: str, transpose: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cast(x: Tensor, scale: Tensor | None, kind: str, transpose: bool, look: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`look`: with a scale, whether this tensor's amax is wanted too."""
     (r, c), dtype = x.shape, _dtype(kind)
     amax, inverse = x.new_zeros((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
     q, turned = x.new_empty((r, c), dtype=dtype), x.new_empty((c, r) if transpose else 0, dtype=dtype)
@@ -125,7 +126,7 @@ def _cast(x: Tensor, scale: Tensor | None, kind: str, transpose: bool) -> tuple[
     if scale is None:
         blocks = min(backend.blocks(r * c // 8, 512), 4 * backend.multiprocessors(x))
         cuda.function("cast.cu", "largest", x.device)((blocks, 1, 1), 512, x, amax, ctypes.c_longlong(r), c // 8, pitch)
-    given, seen = (None, None) if scale is None else (scale.float(), amax)
+    given, seen = (None, None) if scale is None else (scale.float(), amax if look else None)
     grid = (backend.blocks(c, 128), backend.blocks(r, 128), 1)
     cast = cuda.function("cast.cu", f"cast_{kind}", x.device)
     cast(grid, 256, x, given, amax, q, turned if transpose else None, inverse, seen, r, c, pitch)
@@ -148,6 +149,8 @@ def fp8_cast(x: Tensor, scale: Tensor, kind: str, transpose: bool) -> tuple[Tens
         raise ValueError(f"fp8_cast: found {x.dim()} dims; expected a matrix")
     if not (backend.fused(x) and applies(x, scale, kind, transpose, capability=backend.capability(x))):
         return cast_reference(x, scale, kind, transpose)
+    if _cuda_applies(x):
+        return _cast(x, scale, kind, transpose, look=False)[:2]
     from .device import quantise as device
 
     (r, c), rows = x.shape, backend.rows(x)

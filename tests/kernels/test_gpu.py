@@ -49,3 +49,6 @@ def test_casts_in_cuda_are_the_reference(shape, kind):
                 for mine, theirs in zip(found[:2], wanted[:2], strict=True):
                     assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
                 torch.testing.assert_close(found[2:], wanted[2:], rtol=1e-6, atol=0)
+        q, turned = torch.ops.autoshard.fp8_cast(x, torch.tensor(3.0, device="cuda"), kind, True)
+        assert torch.equal(q.view(torch.uint8).t(), turned.view(torch.uint8))
+        assert torch.equal(q.view(torch.uint8), wanted[0].view(torch.uint8))
