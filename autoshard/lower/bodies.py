@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..kernels import draws
+from ..kernels import dropout_attention as _operator  # noqa: F401  (registers it)
 from ..trace import primitives
 
 

@@ -45,7 +45,8 @@ def factors(case: kernels.Case, outs: list[Tensor]) -> tuple[Factor, ...]:
     present = [i < len(case.inputs) and isinstance(case.inputs[i], Tensor) for i in slots]
     shapes = [tuple(case.inputs[i].shape) for i, here in zip(slots, present, strict=True) if here]
     if not outs:  # what it changes stands for what it returns
-        return parse(case.kernel.rule_for(present) + "n", shapes, [shapes[0]])
+        rule = case.kernel.rule_for(present)
+        return parse(rule + rule.partition(",")[0], shapes, [shapes[0]])
     return parse(case.kernel.rule_for(present), shapes, [tuple(o.shape) for o in outs])
 
 
@@ -86,4 +87,5 @@ def test_what_may_be_cut_is_what_one_would_expect():
     found = {case.kernel.name: {f.name for f in factors(case, whole(case)[1])} for case in cases()}
     assert found["rotary_one"] == {"b", "s", "h"} and found["rotary"] == {"b", "s"} and "f" in found["gated_mlp"]
     assert found["grouped_matmul"] == {"k", "m"} and found["linear_cross_entropy"] == {"r"} and found["adamw"] == {"n"}
+    assert found["matmul_into"] == {"m", "n"}
     assert found["fp8_linear"] == found["quantise"] == set() and found["fp8_cast"] == {"r", "c"} and found["moe_route"] == {"t"}
