@@ -165,8 +165,14 @@ class Reader:
 
 def tensor_of(value: torch.Tensor) -> Tensor:
     assert isinstance(value, torch.Tensor), value
-    assert all(isinstance(s, int) for s in value.shape), value.shape
-    return Tensor(tuple(value.shape), dtype_name(value.dtype))
+    return Tensor(tuple(_number(n) for n in value.shape), dtype_name(value.dtype))
+
+
+def _number(n: int | torch.SymInt) -> int:
+    """Some fakes have symbols for sizes that are numbers."""
+    known = n.node.maybe_as_int() if isinstance(n, torch.SymInt) else int(n)
+    assert known is not None, f"the size {n} isn't known"
+    return int(known)
 
 
 def identifier(path: str) -> str:
