@@ -117,7 +117,7 @@ class Eager:
         self.grad_inputs: tuple[int, ...] = ()
         self.grad_params: tuple[int, ...] = ()
         self.forward, self.backward_input, self.backward_weight, self.backward = self._forward, None, None, None
-        self.backward_in_place = None
+        self.backward_in_place = self.accumulate = None
 
     def _forward(self, *tensors: Tensor) -> tuple[Any, ...]:
         wanted = set(self.wanted)
@@ -157,6 +157,7 @@ class EagerInProcess(InProcess):
 @contextmanager
 def eager() -> Iterator[None]:
     """`lower.compile` makes eager modules in here, and their collectives wait for one another."""
-    whole = patch.object(build, "coalesced", lambda module, limit: module)  # a pass over graphs, of which there are none
-    with patch.object(build, "differentiate", Eager), whole, patch.object(collectives, "Op", Rendezvous()):
+    # passes over graphs, of which there are none
+    whole, late = patch.object(build, "coalesced", lambda module, limit: module), patch.object(build, "early", lambda module: module)
+    with patch.object(build, "differentiate", Eager), whole, late, patch.object(collectives, "Op", Rendezvous()):
         yield
