@@ -131,7 +131,7 @@ def program(schedule: str = "1f1b", dtype: str = "float32", split: bool = False,
         for rank in ranks:
             if rank.stage == 1:
                 rank.once, rank.updates = Call(more, ("buffer:seen",), ("more",)), {"seen": "more"}
-    return Program(SimpleNamespace(microbatches=MB), g, mesh, {}, ranks)  # type: ignore[arg-type]
+    return Program(SimpleNamespace(microbatches=MB, overlap=False), g, mesh, {}, ranks)  # type: ignore[arg-type]
 
 
 def _split(actions: list[Action]) -> list[Action]:
