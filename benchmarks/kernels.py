@@ -180,6 +180,26 @@ def accumulate(make: Maker) -> Iterator[Case]:
     yield Case(entry, [into, dy.t(), x], [], Op.matmul_into, entry.reference, plain, outs=0, against="added", tolerance=1e-2)
 
 
+def dropout(make: Maker) -> Iterator[Case]:
+    a, p = make.a, 0.1
+    b, s, e = a.tokens // a.seq, a.seq, a.head_dim
+    seed, rows = torch.tensor(5, device=make.device), torch.arange(a.tokens, device=make.device)
+    for name, detail, size in (("keep_bits", p, 1 / 8), ("random_bits", 0, 4.0)):
+        entry = KERNELS[name]
+        moved = a.tokens * (8 + a.hidden * size)
+        yield Case(entry, [seed, rows, a.hidden, detail], [], getattr(Op, name), entry.reference, moved=moved)
+    heads, kv = min(a.heads, 8), min(a.kv, 8)  # the reference holds all probabilities, several times
+    q, k, v = (make(b, s, n, e).transpose(1, 2) for n in (heads, kv, kv))
+    places = [torch.arange(n, device=make.device) for n in (b, heads, s)]
+    entry = KERNELS["dropout_attention"]
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:  # drops others
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=kv != heads)
+
+    inputs = [q, k, v, None, seed, *places, [b, heads, s, s], p, True, e**-0.5]
+    yield Case(entry, inputs, [0, 1, 2], Op.dropout_attention, entry.reference, {"torch": theirs}, against="torch")
+
+
 def experts(make: Maker) -> Iterator[Case]:
     a = make.a
     x = make(a.tokens, a.hidden)
@@ -214,6 +234,7 @@ CASES: dict[str, Callable[[Maker], Iterator[Case]]] = {
     "cross_entropy": cross_entropy,
     "adamw": adamw,
     "accumulate": accumulate,
+    "dropout": dropout,
     "experts": experts,
     "fp8": fp8,
 }
